@@ -1,0 +1,197 @@
+"""What stages hand to each other: folders on disk with a small JSON face, and the values read from them.
+
+A reader trusts the face only; it is written last, by a rename, so a folder without it is not an artifact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any, Literal
+
+from components.errors import ContractError
+
+Task = Literal["classification", "regression"]
+SPLITS = ("train", "validation", "calibration", "test")
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes `value` to `path` whole or not at all: temporary file, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, sort_keys=True, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """Reads what `write_json` wrote.
+
+    Raises:
+      ContractError: The file is absent or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ContractError(
+            f"{path}: a readable JSON file was promised, got {error}; run the stage again with --force."
+        ) from error
+
+
+def sha256(path: pathlib.Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """What a model must accept and return; the contract between data, model and bundle.
+
+    Attributes:
+      task: Classification returns logits (batch, len(labels)); regression returns (batch, 1).
+      input_name: Name of the model's one input: 'image' or 'features'.
+      input_shape: One example, without batch: (height, width, channels) or (width,).
+      labels: Class names in the order of the logits; empty for regression.
+    """
+
+    task: Task
+    input_name: str
+    input_shape: tuple[int, ...]
+    labels: tuple[str, ...] = ()
+
+    @property
+    def outputs(self) -> int:
+        """Width of the model's output."""
+        return len(self.labels) or 1
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> DataSpec:
+        return cls(
+            task=value["task"],
+            input_name=value["input_name"],
+            input_shape=tuple(value["input_shape"]),
+            labels=tuple(value["labels"]),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedData:
+    """The folder that `preprocess` leaves. Its face is `manifest.json`; readers trust nothing else.
+
+    Files: manifest.json, transform.json, statistics.json, quarantine.jsonl, golden.json, <split>-<nnnnn>.tfrecord.
+    """
+
+    folder: pathlib.Path
+
+    @functools.cached_property
+    def manifest(self) -> dict[str, Any]:
+        return read_json(self.folder / "manifest.json")
+
+    @property
+    def spec(self) -> DataSpec:
+        return DataSpec.from_json(self.manifest["spec"])
+
+    @property
+    def transform(self) -> dict[str, Any]:
+        """The serialised transform; `components.data.transform.Transform.from_json` brings it to life."""
+        return read_json(self.folder / "transform.json")
+
+    def rows(self, split: str) -> int:
+        return self.manifest["splits"][split]["rows"]
+
+    def files(self, split: str) -> list[pathlib.Path]:
+        """TFRecord files of `split`, in order."""
+        return [self.folder / file["name"] for file in self.manifest["splits"][split]["files"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """The folder that `train` leaves: `model.keras`, `history.json`; face: `trained.json`."""
+
+    folder: pathlib.Path
+
+    @property
+    def file(self) -> pathlib.Path:
+        return self.folder / "model.keras"
+
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        """{"outputs": "logits" | "probabilities", "parameters": n, "epochs": n, "validation": {name: value}, ...}."""
+        return read_json(self.folder / "trained.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressedModel:
+    """The folder that one compression step leaves; face: `compressed.json`.
+
+    `facts` holds {"recipe": "prune@0.8+cluster@16", "quantized": bool, "outputs": "logits" | "probabilities",
+    "layers": [Promise, ...], "untreated": [{"layer", "class", "reason"}, ...], "validation": {...}}.
+    """
+
+    folder: pathlib.Path
+
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        return read_json(self.folder / "compressed.json")
+
+    @property
+    def promises(self) -> list[Promise]:
+        return [Promise(**{**layer, "shape": tuple(layer["shape"])}) for layer in self.facts["layers"]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Promise:
+    """What a compression step did to one kernel, to be found again in the file.
+
+    Attributes:
+      layer: Keras layer name.
+      kind: 'conv2d', 'depthwise_conv2d', 'dense', ...
+      shape: Kernel shape as TFLite lays it out (conv2d: out, h, w, in; depthwise: 1, h, w, channels; dense: out, in).
+      sparsity: Fraction of exact zeros in the kernel; 0 where not pruned.
+      distinct: Most distinct values that one output channel may hold; 0 where not clustered.
+      quantized: True where quantization-aware training covered the layer: the file must hold int8.
+    """
+
+    layer: str
+    kind: str
+    shape: tuple[int, ...]
+    sparsity: float = 0.0
+    distinct: int = 0
+    quantized: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TFLiteFile:
+    """The folder that `export` leaves: `model.tflite`; face: `exported.json`."""
+
+    folder: pathlib.Path
+
+    @property
+    def file(self) -> pathlib.Path:
+        return self.folder / "model.tflite"
+
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        """{"recipe", "format", "outputs", "sha256", "bytes", "promises": [...], "untreated": [...]}."""
+        return read_json(self.folder / "exported.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """The folder that `measure` leaves; face: `variant.json`, one entry of `results.json`."""
+
+    folder: pathlib.Path
+
+    @functools.cached_property
+    def variant(self) -> dict[str, Any]:
+        return read_json(self.folder / "variant.json")

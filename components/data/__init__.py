@@ -1,0 +1,1 @@
+"""Raw records to batches: source, schema, statistics, transform, preprocess, dataset."""

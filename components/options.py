@@ -1,0 +1,299 @@
+"""Everything that a user may set, one frozen model per stage; a leaf that every stage and the configuration import.
+
+Unknown keys are refused, defaults are right for a small model on a laptop, and each description is what
+`trimline schema` shows in an editor. Paths are absolute here: `pipeline.config` resolved them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import pydantic
+from pydantic import Field
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Options(pydantic.BaseModel):
+    """Base: frozen, unknown keys refused, defaults checked like input."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+# --- where raw records come from ---------------------------------------------------------------------------------
+
+
+class DigitsSource(Options):
+    """The embedded default: scikit-learn's 1,797 digits of 8 x 8 pixels; no network."""
+
+    kind: Literal["digits"] = "digits"
+
+
+class ArraysSource(Options):
+    """NumPy `.npz` files with arrays `x` (rows, ...) and `y` (rows,)."""
+
+    kind: Literal["arrays"]
+    train: str
+    test: str | None = Field(None, description="None: the test split is drawn from `train` by hash.")
+
+
+class IdxSource(Options):
+    """idx files, plain or gzip, as MNIST and Fashion-MNIST ship."""
+
+    kind: Literal["idx"]
+    train_images: str
+    train_labels: str
+    test_images: str | None = None
+    test_labels: str | None = None
+
+
+class CsvSource(Options):
+    """Delimited text, UTF-8, plain or gzip; quoted fields may hold delimiters and newlines."""
+
+    kind: Literal["csv"]
+    train: list[str] = Field(min_length=1, description="Files of one layout.")
+    test: list[str] | None = Field(None, description="None: the test split is drawn from `train` by hash.")
+    label: str = Field(description="Column to predict.")
+    columns: list[str] | None = Field(None, description="Names, where the files have no header line.")
+    delimiter: str = Field(",", min_length=1, max_length=1)
+    missing: list[str] = Field(["", "?", "NA", "NaN", "null"], description="Cells that mean: no value.")
+    comment: str | None = Field(None, description="Leading lines that start with this are skipped (Adult's test file).")
+    label_strip: str = Field("", description="Characters removed from the end of a label (Adult's test file: '.').")
+
+
+class ImagesSource(Options):
+    """Folders of JPEG, PNG, BMP or GIF, one folder a class; pictures of any size."""
+
+    kind: Literal["images"]
+    train: str
+    test: str | None = Field(None, description="None: the test split is drawn from `train` by hash.")
+
+
+Source = Annotated[DigitsSource | ArraysSource | IdxSource | CsvSource | ImagesSource, Field(discriminator="kind")]
+
+
+class SplitOptions(Options):
+    """Shares drawn by a stable hash of the row's content, so a duplicate never straddles two splits.
+
+    `test` is drawn only where the source names no test files; `validation` and `calibration` come out of the training
+    split in every case.
+    """
+
+    test: Fraction = 0.2
+    validation: Fraction = 0.1
+    calibration: Fraction = Field(0.05, description="Representative data set: fixes int8 ranges, is not trained on.")
+    group: str | None = Field(None, description="CSV column whose rows must stay together (a user, a patient).")
+    salt: str = Field("", description="Change it to draw other splits.")
+
+    @pydantic.model_validator(mode="after")
+    def _leave_something_to_train_on(self) -> SplitOptions:
+        taken = self.test + self.validation + self.calibration
+        if taken >= 1:
+            raise ValueError(f"test + validation + calibration must be below 1, got {taken:g}; lower one of them")
+        return self
+
+
+# --- preprocessing -----------------------------------------------------------------------------------------------
+
+
+class ColumnOptions(Options):
+    """How one CSV column becomes features."""
+
+    kind: Literal["auto", "number", "category", "ignore"] = "auto"
+    rule: Literal["standardise", "bucketise", "none"] = Field("standardise", description="Numbers only.")
+    buckets: int = Field(10, ge=2, le=1000, description="bucketise: quantile buckets.")
+    vocabulary: int = Field(1000, ge=1, le=100_000, description="Categories kept; the rest are out of vocabulary.")
+
+
+class FeatureSelection(Options):
+    """Keeps the `keep` best columns of a table, scored on the training split only."""
+
+    method: Literal["mutual_information", "variance"] = "mutual_information"
+    keep: Count
+
+
+class PreprocessOptions(Options):
+    """Beam preprocessing: raw records to columnar blocks."""
+
+    runner: Literal["in_process", "multi_processing"] = "in_process"
+    workers: Count = Field(2, description="multi_processing only.")
+    split_bytes: int = Field(8 << 20, ge=1 << 10, description="Size of one split descriptor.")
+    block_rows: int = Field(1024, ge=1, le=4096, description="Rows of one TFRecord record.")
+    max_bad_fraction: Fraction = Field(0.01, description="More malformed rows than this share stop the run.")
+    image_size: tuple[Count, Count] | None = Field(None, description="(height, width); None: the first picture's.")
+    image_channels: Literal[1, 3] | None = Field(None, description="None: as the source has them.")
+    columns: dict[str, ColumnOptions] = Field({}, description="By column name; others follow `auto`.")
+    select: FeatureSelection | None = None
+    splits: SplitOptions = SplitOptions()
+
+
+class Augmentation(Options):
+    """Random changes of training pictures; zero means off. Tables take `noise` only."""
+
+    flip: bool = Field(False, description="Left-right, with probability one half.")
+    shift: Fraction = Field(0.0, description="Largest shift as a fraction of the side.")
+    rotation: float = Field(0.0, ge=0, le=180, description="Largest angle, degrees.")
+    zoom: Fraction = Field(0.0, description="Largest relative change of size.")
+    noise: float = Field(0.0, ge=0, description="Standard deviation of Gaussian noise on the model's input.")
+
+
+# --- model and training ------------------------------------------------------------------------------------------
+
+
+class ModelOptions(Options):
+    """Exactly one of a name from the zoo, an import path to a builder, or a `.keras` file."""
+
+    name: Literal["linear", "mlp", "cnn", "resnet8", "mobilenet", "wide_and_deep"] | None = None
+    builder: str | None = Field(None, description="'package.module:function' or 'file.py:function'.")
+    file: str | None = Field(None, description="A saved `.keras` model to start from.")
+    options: dict[str, float | int | str | bool | list[int]] = Field(
+        {}, description="Keyword arguments of the builder."
+    )
+    outputs: Literal["auto", "logits", "probabilities"] = Field(
+        "auto", description="What a classifier returns; auto reads it from the last layer's activation."
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _exactly_one(self) -> ModelOptions:
+        given = [key for key in ("name", "builder", "file") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of name, builder, file; got {given or 'none'}")
+        return self
+
+
+class OptimizerOptions(Options):
+    """Algorithm and its rates; defaults of Keras where not said."""
+
+    name: Literal["sgd", "adam", "adamw"] = "adam"
+    learning_rate: Positive = 1e-3
+    momentum: Fraction = Field(0.0, description="sgd only.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled (adamw) or as an L2 pull on the update (sgd).")
+    schedule: Literal["constant", "cosine", "exponential", "step"] = "constant"
+    warmup_epochs: float = Field(0.0, ge=0, description="Linear rise from zero.")
+    decay: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="exponential, step: factor each time.")
+    decay_epochs: Positive = Field(10.0, description="exponential, step: epochs between factors.")
+
+
+class EarlyStopping(Options):
+    """Stops when the validation loss has not improved for `patience` epochs, and takes the best epoch's weights."""
+
+    patience: Count = 10
+
+
+class StrategyOptions(Options):
+    """Where the training runs; see `pipeline/strategy.py`."""
+
+    name: Literal["default", "mirrored", "multi_worker", "tpu"] = "default"
+    devices: Count | None = Field(None, description="mirrored: how many; None takes all.")
+
+
+class TrainOptions(Options):
+    """The base training."""
+
+    epochs: Count = 20
+    batch_size: Count = 64
+    optimizer: OptimizerOptions = OptimizerOptions()
+    early_stopping: EarlyStopping | None = None
+    label_smoothing: Fraction = 0.0
+    augmentation: Augmentation = Augmentation()
+
+
+# --- compression -------------------------------------------------------------------------------------------------
+
+
+class FineTune(Options):
+    """What every compression step shares."""
+
+    epochs: Count = 4
+    learning_rate: Positive = Field(1e-3, description="Peak; falls to zero along a cosine over the step.")
+    exclude: list[str] = Field([], description="Layer names that the step leaves alone.")
+
+
+class PruneOptions(FineTune):
+    """Magnitude pruning (Zhu and Gupta 2017, arXiv 1710.01878)."""
+
+    sparsity: Annotated[float, Field(gt=0, lt=1)] = Field(0.7, description="Target where the recipe names none.")
+    schedule: Literal["polynomial", "constant"] = "polynomial"
+    initial_sparsity: Fraction = Field(0.0, description="polynomial: where it starts.")
+    begin: Fraction = Field(0.0, description="Fraction of the step's updates before pruning begins.")
+    end: Annotated[float, Field(gt=0, le=1)] = Field(0.6, description="Fraction by which the target is reached.")
+    frequency: Count = Field(20, description="Updates between two mask changes.")
+
+
+class ClusterOptions(FineTune):
+    """Weight sharing (Han et al. 2016, arXiv 1510.00149)."""
+
+    clusters: int = Field(16, ge=2, le=256, description="Distinct weights a layer where the recipe names none.")
+    initialization: Literal["kmeans++", "linear", "density"] = "kmeans++"
+    per_channel: bool = False
+
+
+class QatOptions(FineTune):
+    """Quantization-aware training (Jacob et al. 2018, arXiv 1712.05877)."""
+
+    learning_rate: Positive = 3e-4
+
+
+class CompressOptions(Options):
+    """Which recipes are carried out, and how strong each kind of step is by default."""
+
+    recipes: list[str] = Field(
+        [
+            "float32",
+            "float16",
+            "dynamic",
+            "int8",
+            "qat",
+            "prune+int8",
+            "prune+qat",
+            "cluster+int8",
+            "cluster+qat",
+            "prune+cluster+qat",
+        ],
+        min_length=1,
+        description="Paths in the compression tree: steps joined by '+', strength after '@'. "
+        "Steps: prune[@sparsity], cluster[@clusters], qat. Last, how it is written: "
+        "float32, float16, dynamic, int8.",
+    )
+    batch_size: Count | None = Field(None, description="None: as in train.")
+    prune: PruneOptions = PruneOptions()
+    cluster: ClusterOptions = ClusterOptions()
+    qat: QatOptions = QatOptions()
+
+
+# --- delivery ----------------------------------------------------------------------------------------------------
+
+
+class ExportOptions(Options):
+    """Keras to TFLite."""
+
+    calibration_examples: Count | None = Field(
+        None, description="int8 only; None: the whole calibration split, 512 at most."
+    )
+    io: Literal["int8", "float32"] = Field("float32", description="Input and output dtype of integer files.")
+
+
+class MeasureOptions(Options):
+    """The latency protocol."""
+
+    threads: Count = 1
+    warmup: int = Field(30, ge=0, description="Runs thrown away first.")
+    runs: Count = Field(200, description="Timed runs; median and 90th percentile are reported.")
+
+
+class SelectOptions(Options):
+    """What 'best' means, among the variants that meet every constraint."""
+
+    objective: Literal["size", "latency", "metric"] = "size"
+    size: Literal["gzip", "raw"] = Field("gzip", description="Bytes to download, or bytes in flash.")
+    max_metric_drop: float | None = Field(0.01, ge=0, description="Against float32, in the metric's own unit.")
+    max_bytes: Count | None = Field(None, description="As `size` counts them.")
+    max_latency_ms: Positive | None = Field(None, description="Median.")
+
+
+class BundleOptions(Options):
+    """What ships."""
+
+    golden: int = Field(16, ge=1, le=1000, description="Raw records with their answers, shipped as test vectors.")

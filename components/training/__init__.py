@@ -1,0 +1,1 @@
+"""A model, and its training under a strategy."""

@@ -1,0 +1,1 @@
+"""What a TPU needs. Nothing here yet but the door: `pipeline.strategy` refuses `tpu` until this room is furnished."""
