@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from components.errors import ContractError
@@ -112,6 +113,28 @@ class PreparedData:
     def files(self, split: str) -> list[pathlib.Path]:
         """TFRecord files of `split`, in order."""
         return [self.folder / file["name"] for file in self.manifest["splits"][split]["files"]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batches:
+    """How a stage that trains gets its data, without knowing where it lies. `components.data.dataset` makes it.
+
+    Attributes:
+      spec: What each batch holds.
+      training: (batch_size, seed, first_epoch) -> `tf.data.Dataset`, infinite, of (inputs float32 (batch_size, *shape),
+        labels int32 (batch_size,) or float32 (batch_size, 1)). Epoch e depends only on (seed, e).
+      ordered: (split, batch_size) -> `tf.data.Dataset`, one pass in file order, last batch smaller.
+      rows: split -> number of rows.
+    """
+
+    spec: DataSpec
+    training: Callable[[int, int, int], Any]
+    ordered: Callable[[str, int], Any]
+    rows: Mapping[str, int]
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Whole batches in one epoch; the remainder is dropped so that shapes stay static."""
+        return self.rows["train"] // batch_size
 
 
 @dataclasses.dataclass(frozen=True)
