@@ -73,10 +73,12 @@ class DataSpec:
         return len(self.labels) or 1
 
     def to_json(self) -> dict[str, Any]:
+        """The spec as JSON-able values."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> DataSpec:
+        """Reads what `to_json` gave."""
         return cls(
             task=value["task"],
             input_name=value["input_name"],
@@ -96,10 +98,12 @@ class PreparedData:
 
     @functools.cached_property
     def manifest(self) -> dict[str, Any]:
+        """The face: splits, columns, record counts, spec."""
         return read_json(self.folder / "manifest.json")
 
     @property
     def spec(self) -> DataSpec:
+        """What a model of this data must accept and return."""
         return DataSpec.from_json(self.manifest["spec"])
 
     @property
@@ -108,6 +112,7 @@ class PreparedData:
         return read_json(self.folder / "transform.json")
 
     def rows(self, split: str) -> int:
+        """Number of rows in `split`."""
         return self.manifest["splits"][split]["rows"]
 
     def files(self, split: str) -> list[pathlib.Path]:
@@ -145,6 +150,7 @@ class TrainedModel:
 
     @property
     def file(self) -> pathlib.Path:
+        """The Keras 3 model, without optimizer."""
         return self.folder / "model.keras"
 
     @functools.cached_property
@@ -165,10 +171,12 @@ class CompressedModel:
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
+        """The face; see the class."""
         return read_json(self.folder / "compressed.json")
 
     @property
     def promises(self) -> list[Promise]:
+        """What the file must show, kernel by kernel."""
         return [Promise(**{**layer, "shape": tuple(layer["shape"])}) for layer in self.facts["layers"]]
 
 
@@ -201,6 +209,7 @@ class TFLiteFile:
 
     @property
     def file(self) -> pathlib.Path:
+        """The flatbuffer."""
         return self.folder / "model.tflite"
 
     @functools.cached_property
@@ -217,4 +226,5 @@ class Measured:
 
     @functools.cached_property
     def variant(self) -> dict[str, Any]:
+        """The measurements; see `results.json` in docs/results-format.md."""
         return read_json(self.folder / "variant.json")

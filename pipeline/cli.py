@@ -1,0 +1,247 @@
+"""The command line: `trimline run CONFIG` and its companions. Parses, calls, prints; decides nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from components.errors import ConstraintError, TrimlineError
+
+app = typer.Typer(
+    name="trimline",
+    help="From raw data to the smallest, fastest TFLite model that still meets your accuracy, in one command.\n\n"
+    "Start with:  trimline run digits     then:  trimline init adult my.yaml  and edit.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+ConfigPath = Annotated[str, typer.Argument(help="A YAML file, or the name of a template (see 'trimline init --list').")]
+Sets = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. --set train.epochs=5; may repeat.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of a table.")]
+INTERRUPTED = 130
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    overrides: Sets = [],  # noqa: B006 - typer copies it
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
+    force: Annotated[
+        list[str], typer.Option(metavar="STAGE", help="Do this stage again, and all that depends on it; may repeat.")
+    ] = [],  # noqa: B006 - typer copies it
+    as_json: AsJson = False,
+) -> None:
+    """Walk the journey: preprocess, train, compress, export, measure, select, bundle, report.
+
+    What is in the workspace already is not done again. Ctrl-C loses nothing: the same command goes on where it stopped.
+    """
+    from pipeline import tables
+    from pipeline.config import load_config
+    from pipeline.results import Results
+    from pipeline.runner import run as run_pipeline
+
+    with _errors():
+        loaded = load_config(config, overrides)
+        with _screen(pathlib.Path(loaded.workspace) / loaded.name / "run.log", show=not as_json) as screen:
+            results: Results = run_pipeline(loaded, until=until, force=force, screen=screen)
+        if until is not None and until != "report":
+            return
+        if as_json:
+            print(json.dumps(results.data, indent=1, sort_keys=True))
+        else:
+            tables.show_results(results)
+        if results.selected is None:
+            raise ConstraintError(results.data["selected_because"])
+
+
+@app.command()
+def plan(config: ConfigPath, overrides: Sets = [], as_json: AsJson = False) -> None:  # noqa: B006 - typer copies it
+    """Show what would run, what is in the store already, and what looks wrong. Trains nothing."""
+    from pipeline import preflight, tables
+    from pipeline.config import load_config
+    from pipeline.plan import make_plan
+
+    with _errors():
+        loaded = load_config(config, overrides)
+        with _screen(pathlib.Path(loaded.workspace) / loaded.name / "plan.log", show=False):
+            made = make_plan(loaded)
+            findings = preflight.check(made)
+        tables.show_plan(made, findings, as_json=as_json)
+
+
+@app.command()
+def init(
+    template: Annotated[str | None, typer.Argument(help="Name of a template.")] = None,
+    path: Annotated[pathlib.Path | None, typer.Argument(help="File to write; default TEMPLATE.yaml.")] = None,
+    show: Annotated[bool, typer.Option("--list", help="List the templates.")] = False,
+) -> None:
+    """Write a commented configuration to start from."""
+    from components.errors import ConfigError
+    from pipeline.config import template_text, templates
+
+    with _errors():
+        if show or template is None:
+            for name in templates():
+                print(f"{name:15} {template_text(name).splitlines()[0].lstrip('# ')}")
+            return
+        text = template_text(template)
+        target = path or pathlib.Path(f"{template}.yaml")
+        if target.exists():
+            raise ConfigError(f"{target}: init writes new files only, and this one exists; name another or remove it.")
+        target.write_text(text, encoding="utf-8")
+        print(f"Wrote {target}. Next: trimline plan {target}")
+
+
+@app.command()
+def inspect(
+    file: Annotated[pathlib.Path, typer.Argument(help="A .tflite file.")], as_json: AsJson = False
+) -> None:
+    """Read a .tflite file and tell what is in it: sparsity, distinct weights, dtypes, operators, Flex."""
+    from pipeline import tables
+
+    with _errors():
+        from components.delivery.proof import read_proof
+
+        _must_exist(file)
+        tables.show_proof(read_proof(file), as_json=as_json)
+
+
+@app.command()
+def verify(folder: Annotated[pathlib.Path, typer.Argument(help="A bundle folder.")], as_json: AsJson = False) -> None:
+    """Check a bundle: checksums, and the golden samples through its transform and its file."""
+    from pipeline import tables
+
+    with _errors():
+        from components.delivery.bundle import verify as verify_bundle
+
+        _must_exist(folder)
+        tables.show_verification(verify_bundle(folder), as_json=as_json)
+
+
+@app.command()
+def predict(
+    folder: Annotated[pathlib.Path, typer.Argument(help="A bundle folder.")],
+    source: Annotated[pathlib.Path, typer.Argument(metavar="INPUT", help=".csv, .npy, .json or an image file.")],
+    as_json: AsJson = False,
+) -> None:
+    """Answer raw records with a bundle, exactly as its own predict.py does."""
+    from pipeline import tables
+
+    with _errors():
+        from components.delivery.bundle import predict as predict_bundle
+
+        _must_exist(folder)
+        _must_exist(source)
+        tables.show_predictions(predict_bundle(folder, source), as_json=as_json)
+
+
+@app.command()
+def tensorboard(
+    folder: Annotated[pathlib.Path, typer.Argument(metavar="RUN", help="A run's folder, e.g. workspace/digits.")],
+    port: Annotated[int, typer.Option(help="0 takes any free one.")] = 6006,
+) -> None:
+    """Open TensorBoard on every stage of a run."""
+    with _errors():
+        logs = folder / "tensorboard"
+        _must_exist(logs)
+        os.execv(
+            sys.executable,
+            [sys.executable, "-m", "tensorboard.main", "--logdir", str(logs), "--port", str(port), "--bind_all=false"],
+        )
+
+
+@app.command()
+def schema(
+    target: Annotated[pathlib.Path | None, typer.Option("--out", help="File to write; default: the screen.")] = None,
+) -> None:
+    """Print the configuration's JSON Schema, for completion and checks in an editor."""
+    from pipeline.config import json_schema
+
+    text = json.dumps(json_schema(), indent=1)
+    if target is None:
+        print(text)
+    else:
+        target.write_text(text + "\n", encoding="utf-8")
+        print(f"Wrote {target}. In a YAML file's first line: # yaml-language-server: $schema={target}")
+
+
+def _must_exist(path: pathlib.Path) -> None:
+    from components.errors import ConfigError
+
+    if not path.exists():
+        raise ConfigError(f"{path}: there is no such file or folder; check the path.")
+
+
+@contextlib.contextmanager
+def _screen(log_file: pathlib.Path, *, show: bool) -> Iterator[Any]:
+    """A `Screen` on the terminal while the libraries talk to `log_file`."""
+    import rich.console
+
+    from pipeline.quiet import quiet
+    from pipeline.screen import Screen
+
+    terminal = sys.stdout.isatty()
+    try:
+        with quiet(log_file) as stream:
+            console = rich.console.Console(file=stream, force_terminal=terminal) if show else None
+            try:
+                yield Screen(console)
+            except (TrimlineError, KeyboardInterrupt):
+                raise
+            except Exception:
+                logging.getLogger("trimline").exception("unexpected")
+                raise
+    except OSError as error:
+        if error.filename is None or not str(error.filename).endswith(".log"):
+            raise
+        from components.errors import ConfigError
+
+        raise ConfigError(
+            f"workspace: a folder that can be written was expected, got '{error.strerror}' for {error.filename}; "
+            "choose another with --set workspace=FOLDER."
+        ) from error
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """Every error becomes one line on standard error and an exit code of its own."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        yield
+    except TrimlineError as error:
+        _leave(f"trimline: {error}", error.exit_code)
+    except KeyboardInterrupt:
+        _leave("trimline: stopped. What was finished is kept; the same command goes on from here.", INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader of our output has left: nothing to complain about
+        raise SystemExit(1) from None
+    except Exception as error:
+        if os.environ.get("TRIMLINE_DEBUG"):
+            raise
+        first = (str(error).strip().splitlines() or ["no message"])[0]
+        _leave(
+            f"trimline: this should not have happened: {type(error).__name__}: {first}. The traceback is in the run's "
+            "log; set TRIMLINE_DEBUG=1 to see it here.",
+            1,
+        )
+
+
+def _terminated(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,174 @@
+"""The plan: a configuration becomes a tree of steps with fingerprints, before a second of work is done.
+
+Recipes share their training prefixes: `prune+int8` and `prune+qat` meet in one `compress prune@0.7` step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from components.errors import ConfigError
+from components.recipe import Recipe
+from pipeline.config import Config
+from pipeline.fingerprint import ContentIndex, fingerprint
+from pipeline.stages import JOURNEY, STAGES, Stage, parse_step, prefix_name
+from pipeline.store import Key, Store
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One stage carried out for one recipe (or for none).
+
+    Attributes:
+      name: Unique in the plan: 'train', 'compress prune@0.7', 'export int8'.
+      stage: Its row in the journey.
+      recipe: What it carries out; None for stages that know no recipes.
+      takes: Names of the steps whose artifacts it reads.
+      key: Where its artifact is in the store, if every input succeeds.
+    """
+
+    name: str
+    stage: Stage
+    recipe: Recipe | None
+    takes: tuple[str, ...]
+    key: Key
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All steps of a run in the order in which they are walked."""
+
+    config: Config
+    store: Store
+    steps: tuple[Step, ...]
+    content: Mapping[str, tuple[str, ...]]
+
+    def cached(self, step: Step) -> bool:
+        """True where the step's artifact is there already."""
+        return self.store.completed(step.key)
+
+    def key(self, step: Step, failures: Mapping[str, str]) -> Key:
+        """The step's address, given what failed on the way: a selection among fewer variants is another selection."""
+        if not failures or step.stage.name not in ("select", "bundle", "report"):
+            return step.key
+        stage = step.stage
+        options = {**stage.options(self.config, step.recipe), "failures": dict(sorted(failures.items()))}
+        inputs = [each.key.fingerprint for each in self.steps if each.name in step.takes]
+        return Key(stage.name, fingerprint(stage, options, inputs, self.content.get(stage.name, ())))
+
+    def after(self, stages: Iterable[str]) -> Iterator[Step]:
+        """The steps of `stages`, and every step that depends on one of them."""
+        touched: set[str] = set()
+        for step in self.steps:
+            if step.stage.name in stages or touched.intersection(step.takes):
+                touched.add(step.name)
+                yield step
+
+
+def make_plan(config: Config, *, until: str | None = None) -> Plan:
+    """Lays out every step of `config`.
+
+    Args:
+      config: Checked configuration.
+      until: Last stage to walk; None goes all the way.
+
+    Raises:
+      ConfigError: A recipe that cannot work, an unknown stage, or a missing file.
+    """
+    if until is not None:
+        check_stages([until], "--until")
+    workspace = pathlib.Path(config.workspace)
+    store, index = Store(workspace / "store"), ContentIndex(workspace / "content.json")
+    content = {"preprocess": _source_content(config, index), "train": _model_content(config, index)}
+    index.save()
+    steps: dict[str, Step] = {}
+    for name, stage, recipe, takes in _layout(config):
+        options = stage.options(config, recipe)
+        if stage.name == "preprocess":
+            options["source"] = {k: v for k, v in options["source"].items() if not _is_path(k)}
+        inputs = [steps[each].key.fingerprint for each in takes]
+        key = Key(stage.name, fingerprint(stage, options, inputs, content.get(stage.name, ())))
+        steps[name] = Step(name, stage, recipe, takes, key)
+    names = [stage.name for stage in JOURNEY]
+    last = len(names) - 1 if until is None else names.index(until)
+    walked = tuple(step for step in steps.values() if names.index(step.stage.name) <= last)
+    return Plan(config, store, walked, content)
+
+
+def check_stages(names: Iterable[str], option: str) -> None:
+    """Raises ConfigError where a name is not a stage."""
+    for name in names:
+        if name not in STAGES:
+            raise ConfigError(f"{option} {name}: not a stage; use one of {', '.join(STAGES)}.")
+
+
+def recipes(config: Config) -> list[Recipe]:
+    """The recipes in the user's order, each once, with float32 first: every drop is measured against it."""
+    parsed = [parse_step(config, text) for text in ["float32", *config.compress.recipes]]
+    return list({str(recipe): recipe for recipe in parsed}.values())
+
+
+def _layout(config: Config) -> Iterator[tuple[str, Stage, Recipe | None, tuple[str, ...]]]:
+    """(name, stage, recipe, takes) of every step, in the order in which they are walked."""
+    wanted = recipes(config)
+    yield "preprocess", STAGES["preprocess"], None, ()
+    yield "train", STAGES["train"], None, ("preprocess",)
+    prefixes = {prefix_name(path): path for recipe in wanted for path in recipe.prefixes()}
+    for name, path in sorted(prefixes.items(), key=lambda item: len(item[1])):
+        before = ("preprocess", "train") if len(path) == 1 else ("preprocess", "train", prefix_name(path[:-1]))
+        yield name, STAGES["compress"], Recipe(path, "float32"), before
+    exports, measures = [], []
+    for recipe in wanted:
+        exports.append(f"export {recipe}")
+        yield exports[-1], STAGES["export"], recipe, ("preprocess", prefix_name(recipe.steps))
+    for recipe in wanted:
+        measures.append(f"measure {recipe}")
+        yield measures[-1], STAGES["measure"], recipe, ("preprocess", f"export {recipe}")
+    everything = ("preprocess", "train", *prefixes, *exports, *measures)
+    yield "select", STAGES["select"], None, everything
+    yield "bundle", STAGES["bundle"], None, (*everything, "select")
+    yield "report", STAGES["report"], None, (*everything, "select")
+
+
+def _is_path(field: str) -> bool:
+    """In every kind of source the fields that hold paths start with the split whose records they hold."""
+    return field.startswith(("train", "test"))
+
+
+def _source_content(config: Config, index: ContentIndex) -> tuple[str, ...]:
+    found = []
+    for field, value in config.source.model_dump().items():
+        if _is_path(field) and value is not None:
+            paths = [value] if isinstance(value, str) else value
+            found += [f"{field} {index.digest(pathlib.Path(path))}" for path in paths]
+    return tuple(found)
+
+
+def _model_content(config: Config, index: ContentIndex) -> tuple[str, ...]:
+    """Digest of the user's own builder or model file."""
+    if config.model.file is not None:
+        return (index.digest(pathlib.Path(config.model.file)),)
+    if config.model.builder is None:
+        return ()
+    place = config.model.builder.rpartition(":")[0]
+    if place.endswith(".py"):
+        return (index.digest(pathlib.Path(place)),)
+    try:
+        found = importlib.util.find_spec(place)
+    except ModuleNotFoundError:
+        found = None
+    if found is None or found.origin is None:
+        raise ConfigError(
+            f"model.builder must name a module that can be imported, got '{place}'; install it, or give "
+            "the path of a .py file as 'file.py:function'."
+        )
+    return (index.digest(pathlib.Path(found.origin)),)
+
+
+def options_of(step: Step, config: Config) -> dict[str, Any]:
+    """The part of the configuration that a step depends on, for those who want to see why it would run again."""
+    return step.stage.options(config, step.recipe)

@@ -1,0 +1,130 @@
+"""Checks before the first second of work: what would fail after an hour is said in seconds. Trains nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from components.artifacts import DataSpec, PreparedData, read_json, write_json
+from components.errors import TrimlineError
+from pipeline.config import Config
+from pipeline.fingerprint import fingerprint
+from pipeline.plan import Plan, Step, recipes
+from pipeline.stages import Stage
+from pipeline.store import Key
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing to know before the run.
+
+    Attributes:
+      level: 'error' stops the run, 'warning' does not.
+      text: One line.
+    """
+
+    level: str
+    text: str
+
+
+def check(plan: Plan) -> list[Finding]:
+    """Looks at source, strategy, model and recipes.
+
+    A model is built for this, which loads TensorFlow; what it said is kept in the store, so an unchanged
+    configuration is answered at once.
+    """
+    return [*_check_source(plan), *_check_strategy(plan.config), *_check_model(plan)]
+
+
+def _check_source(plan: Plan) -> list[Finding]:
+    from components.data.source import peek
+
+    if plan.cached(plan.steps[0]):
+        return []
+    try:
+        peek(plan.config.source)
+    except TrimlineError as error:
+        return [Finding("error", str(error))]
+    return []
+
+
+def _check_strategy(config: Config) -> list[Finding]:
+    from pipeline.strategy import check_strategy
+
+    found = []
+    for batch_size in {config.train.batch_size, config.compress.batch_size or config.train.batch_size}:
+        try:
+            check_strategy(config.strategy, batch_size)
+        except TrimlineError as error:
+            found.append(Finding("error", str(error)))
+    return found
+
+
+def _check_model(plan: Plan) -> list[Finding]:
+    if all(plan.cached(step) for step in plan.steps if step.stage.name in ("train", "compress")):
+        return []  # what is trained already was possible
+    key = _key(plan)
+    if not plan.store.completed(key):
+        plan.store.build(key, lambda folder: _write_findings(plan, folder), resumes=False)
+    said = read_json(plan.store.folder(key) / "findings.json")
+    return [Finding(**each) for each in said]
+
+
+def _key(plan: Plan) -> Key:
+    """The findings depend on the model, the recipes, and the shape of the data."""
+    spec = rough_spec(plan)
+    train = next(step for step in plan.steps if step.stage.name == "train")
+    stage = Stage("preflight", lambda *_: {}, _probe, ("components.compression.compress", "components.training.model"))
+    facts = {
+        "model": plan.config.model.model_dump(),
+        "exclude": {name: getattr(plan.config.compress, name).exclude for name in ("prune", "cluster", "qat")},
+        "recipes": list(map(str, recipes(plan.config))),
+        "spec": spec.to_json() if spec else None,
+        "train": train.stage.name,
+    }
+    content = plan.content.get("train", ())
+    return Key("preflight", fingerprint(stage, json.loads(json.dumps(facts)), (), content))
+
+
+def _write_findings(plan: Plan, folder: pathlib.Path) -> None:
+    write_json(folder / "findings.json", [dataclasses.asdict(each) for each in _probe(plan)])
+
+
+def _probe(plan: Plan) -> list[Finding]:
+    """Builds the model untrained and asks every step of every recipe about it."""
+    from components.compression.compress import unsupported
+    from components.training.model import build
+
+    spec = rough_spec(plan)
+    if spec is None:
+        return []
+    try:
+        model = build(plan.config.model, spec, seed=plan.config.seed)
+    except TrimlineError as error:
+        return [Finding("error", str(error))]
+    if not any(recipe.steps for recipe in recipes(plan.config)):
+        return []
+    try:
+        return [Finding("warning", line) for line in unsupported(model, recipes(plan.config))]
+    except TrimlineError as error:
+        return [Finding("warning", str(error))]
+
+
+def rough_spec(plan: Plan) -> DataSpec | None:
+    """The shape of the data: exact where it is prepared already, else from a look at the source; None if unknown."""
+    first: Step = plan.steps[0]
+    if plan.cached(first):
+        return PreparedData(plan.store.folder(first.key)).spec
+    from components.data.source import peek
+
+    try:
+        seen: Any = peek(plan.config.source)
+    except TrimlineError:
+        return None
+    return _spec_from_peek(plan.config, seen)
+
+
+def _spec_from_peek(config: Config, seen: Any) -> DataSpec | None:
+    raise NotImplementedError

@@ -1,0 +1,152 @@
+"""Walks the plan: an artifact from the store, or the stage's work; one TensorBoard run and one progress line per step."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import pathlib
+from collections.abc import Iterable
+
+from components.errors import TrimlineError
+from components.tracing import Trace
+from pipeline.config import Config, load_config
+from pipeline.plan import Plan, Step, check_stages, make_plan
+from pipeline.results import FILE, Results
+from pipeline.screen import Screen
+from pipeline.stages import JOURNEY, Call
+from pipeline.store import publish
+
+log = logging.getLogger("trimline")
+
+# A recipe that fails here becomes a failed variant, and the others go on; anywhere else the run cannot go on.
+_PER_RECIPE = ("compress", "export", "measure")
+
+
+def run(
+    config: Config | str | os.PathLike[str],
+    *,
+    until: str | None = None,
+    force: Iterable[str] = (),
+    screen: Screen | None = None,
+) -> Results:
+    """Carries a configuration out, from raw data to a bundle.
+
+    Args:
+      config: A checked configuration, a YAML file's path, or a template's name.
+      until: Last stage to walk; None goes all the way. Results are published only by a run that goes all the way.
+      force: Stages whose work is done again although it is in the store, with all that depends on them.
+      screen: Where progress is shown; None shows nothing.
+
+    Returns:
+      The finished run. `selected` is None where no variant met the constraints.
+
+    Raises:
+      TrimlineError: One of its branches, with a message for the user. All finished work stays in the store.
+    """
+    if not isinstance(config, Config):
+        config = load_config(config)
+    screen = screen or Screen.silent()
+    check_stages(force, "--force")
+    plan = make_plan(config, until=until)
+    for step in list(plan.after(force)):
+        plan.store.remove(step.key)
+    folder = pathlib.Path(config.workspace) / config.name
+    folder.mkdir(parents=True, exist_ok=True)
+    done = _walk(plan, folder, screen)
+    results = Results(folder)
+    if "report" in done:
+        publish(done["select"] / FILE, folder / FILE)
+        publish(done["report"] / "report.html", results.report)
+        if results.selected:
+            publish(done["bundle"], folder / "bundle")
+    return results
+
+
+def _walk(plan: Plan, folder: pathlib.Path, screen: Screen) -> dict[str, pathlib.Path]:
+    """Every step in order; returns the artifact folders by step name."""
+    done: dict[str, pathlib.Path] = {}
+    lost: dict[str, str] = {}  # step name -> why it has no artifact
+    failures: dict[str, str] = {}  # recipe -> the same, for results.json
+    screen.start(len(plan.steps))
+    for number, step in enumerate(plan.steps):
+        broken = next((lost[each] for each in step.takes if each in lost), None)
+        if broken is not None and step.stage.name in _PER_RECIPE:
+            lost[step.name] = broken
+        else:
+            try:
+                done[step.name] = _carry_out(plan, step, done, failures, folder, number, screen)
+                continue
+            except Exception as error:  # kept: in the log with its traceback, and in results.json
+                if step.stage.name not in _PER_RECIPE:
+                    raise
+                lost[step.name] = _reason(step, error)
+                screen.failed(step.name, lost[step.name])
+        if step.recipe is not None and step.stage.name == "measure":
+            failures[str(step.recipe)] = lost[step.name]
+    return done
+
+
+def _reason(step: Step, error: Exception) -> str:
+    if isinstance(error, TrimlineError):
+        return str(error)
+    log.exception("%s failed", step.name, exc_info=error)
+    first = str(error).strip().splitlines()
+    return f"{step.name}: {type(error).__name__}: {first[0] if first else 'no message'}; the run's log has the traceback."
+
+
+def _carry_out(
+    plan: Plan,
+    step: Step,
+    done: dict[str, pathlib.Path],
+    failures: dict[str, str],
+    run_folder: pathlib.Path,
+    number: int,
+    screen: Screen,
+) -> pathlib.Path:
+    key, store = plan.key(step, failures), plan.store
+    place = run_folder / "tensorboard" / scope(step)
+    if store.completed(key):
+        screen.cached(step.name)
+    else:
+
+        def work(partial: pathlib.Path) -> None:
+            _link(place, partial / "tensorboard")
+            log.info("%s starts in %s", step.name, partial)
+            trace = Trace(partial / "tensorboard", screen.progress, screen.warn)
+            seconds = {each.name: store.seconds(each.key) for each in plan.steps if each.name in done}
+            with trace:
+                step.stage.run(
+                    Call(plan.config, partial, _taken(step, done), step.recipe, dict(failures), seconds, trace)
+                )
+            gc.collect()
+
+        with screen.step(step.name, number):
+            store.build(key, work, resumes=step.stage.resumes, waiting=lambda: screen.waiting(step.name))
+    _link(place, store.folder(key) / "tensorboard")
+    return store.folder(key)
+
+
+def _taken(step: Step, done: dict[str, pathlib.Path]) -> dict[str, pathlib.Path]:
+    return {name: done[name] for name in step.takes if name in done}
+
+
+def scope(step: Step) -> str:
+    """The step's TensorBoard run: names sort as the journey goes.
+
+    '1-preprocess', '2-train', '3-compress-prune@0.7', ...
+    """
+    number = [stage.name for stage in JOURNEY].index(step.stage.name) + 1
+    return f"{number}-{step.name.replace(' ', '-')}"
+
+
+def _link(place: pathlib.Path, events: pathlib.Path) -> None:
+    """Lets the run's TensorBoard folder show the artifact's events, live and afterwards; relative, so it may move."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    target = os.path.relpath(events, place.parent)
+    if place.is_symlink() and os.readlink(place) == target:
+        return
+    temporary = place.with_name(f".{place.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target, target_is_directory=True)
+    temporary.replace(place)

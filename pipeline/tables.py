@@ -1,0 +1,137 @@
+"""What the command line prints: a table for people, JSON for scripts, from the same values."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import rich.box
+import rich.console
+import rich.table
+
+from pipeline.plan import Plan
+from pipeline.preflight import Finding
+from pipeline.results import Results
+
+
+def _console() -> rich.console.Console:
+    """The terminal; a pipe or a file gets lines that are not cut at 80 columns."""
+    console = rich.console.Console(highlight=False, markup=False)
+    return console if console.is_terminal else rich.console.Console(highlight=False, markup=False, width=160)
+
+
+def _table(title: str | None, *columns: str) -> rich.table.Table:
+    table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
+    return table
+
+
+def show_results(results: Results) -> None:
+    """The table of variants, the chosen file, and where everything lies."""
+    data, console = results.data, _console()
+    rows = data["examples"]
+    table = _table(
+        f"{data['run']}: {rows['train']} rows trained on, {rows['test']} tested",
+        *("recipe", data["metric"], "drop", "bytes", "gzip", "of float32", "ms p50", "sparsity", "status"),
+    )
+    whole = next((v["gzip_bytes"] for v in data["variants"] if v["recipe"] == "float32" and v["status"] == "ok"), None)
+    for variant in data["variants"]:
+        chosen = variant["recipe"] == data["selected"]
+        table.add_row(*_variant_row(variant, whole, chosen), style="bold green" if chosen else None)
+    console.print(table)
+    for variant in data["variants"]:
+        if variant["reason"]:
+            console.print(f"{variant['recipe']}: {variant['reason']}")
+    if results.selected:
+        console.print(f"Chosen:       {data['selected']}: {data['selected_because']}")
+        console.print(f"File:         {results.folder / 'bundle' / 'model.tflite'}")
+        console.print(f"Bundle:       {results.bundle}")
+    console.print(f"Report:       {results.report}")
+    console.print(f"TensorBoard:  trimline tensorboard {results.folder}    ({results.tensorboard})")
+
+
+def _variant_row(variant: dict[str, Any], whole: int | None, chosen: bool) -> list[str]:
+    if variant["metric"] is None:
+        return [variant["recipe"], *["-"] * 7, variant["status"]]
+    share = f"{variant['gzip_bytes'] / whole:.2f}x" if whole else "-"
+    return [
+        variant["recipe"],
+        f"{variant['metric']:.4f}",
+        f"{variant['metric_drop']:+.4f}" if variant["metric_drop"] is not None else "-",
+        f"{variant['bytes']:,}",
+        f"{variant['gzip_bytes']:,}",
+        share,
+        f"{variant['latency_ms']['p50']:.3f}",
+        f"{variant['proof']['sparsity']:.2f}",
+        "CHOSEN" if chosen else variant["status"],
+    ]
+
+
+def show_plan(plan: Plan, findings: list[Finding], *, as_json: bool) -> None:
+    """Every step with its state, then what the pre-flight checks found."""
+    states = {step.name: _state(plan, step) for step in plan.steps}
+    if as_json:
+        steps = [
+            {"step": step.name, "stage": step.stage.name, "state": states[step.name], "fingerprint": step.key.fingerprint}
+            for step in plan.steps
+        ]
+        print(json.dumps({"steps": steps, "findings": [dataclasses.asdict(each) for each in findings]}, indent=1))
+        return
+    console, table = _console(), _table(f"Plan of {plan.config.name}", "step", "state", "fingerprint")
+    for step in plan.steps:
+        table.add_row(step.name, states[step.name], step.key.fingerprint[:12])
+    console.print(table)
+    for finding in findings:
+        console.print(f"{finding.level}: {finding.text}")
+    if not findings:
+        console.print("Pre-flight checks found nothing to say.")
+
+
+def _state(plan: Plan, step: Any) -> str:
+    if plan.cached(step):
+        return "cached"
+    return "goes on" if step.stage.resumes and plan.store.partial(step.key).exists() else "runs"
+
+
+def show_proof(proof: Any, *, as_json: bool) -> None:
+    """What a .tflite file holds, tensor by tensor."""
+    facts = dataclasses.asdict(proof)
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    console, table = _console(), _table(None, "weights", "used by", "shape", "dtype", "sparsity", "distinct/channel")
+    for weights in facts.pop("weights"):
+        table.add_row(
+            weights["name"],
+            weights["operator"],
+            "x".join(map(str, weights["shape"])),
+            weights["dtype"],
+            f"{weights['sparsity']:.3f}",
+            str(weights["distinct_per_channel"]),
+        )
+    console.print(table)
+    for name, value in facts.items():
+        console.print(f"{name:22} {value}")
+
+
+def show_verification(verification: Any, *, as_json: bool) -> None:
+    """What a bundle's check found."""
+    facts = dataclasses.asdict(verification)
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    console = _console()
+    for name, value in facts.items():
+        console.print(f"{name:22} {value}")
+    console.print("The bundle holds what it promises.")
+
+
+def show_predictions(predictions: list[dict[str, Any]], *, as_json: bool) -> None:
+    """One line a record."""
+    if as_json:
+        print(json.dumps(predictions, indent=1))
+        return
+    for each in predictions:
+        print("\t".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in each.values()))
