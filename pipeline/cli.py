@@ -105,9 +105,7 @@ def init(
 
 
 @app.command()
-def inspect(
-    file: Annotated[pathlib.Path, typer.Argument(help="A .tflite file.")], as_json: AsJson = False
-) -> None:
+def inspect(file: Annotated[pathlib.Path, typer.Argument(help="A .tflite file.")], as_json: AsJson = False) -> None:
     """Read a .tflite file and tell what is in it: sparsity, distinct weights, dtypes, operators, Flex."""
     from pipeline import tables
 

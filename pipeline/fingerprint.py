@@ -72,7 +72,7 @@ def _path(module: str) -> pathlib.Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _source(module: str) -> tuple[tuple[str, ...], str]:
     """(modules of ours that it imports, its normalised text)."""
     path = _path(module)

@@ -92,7 +92,9 @@ def _reason(step: Step, error: Exception) -> str:
         return str(error)
     log.exception("%s failed", step.name, exc_info=error)
     first = str(error).strip().splitlines()
-    return f"{step.name}: {type(error).__name__}: {first[0] if first else 'no message'}; the run's log has the traceback."
+    return (
+        f"{step.name}: {type(error).__name__}: {first[0] if first else 'no message'}; the run's log has the traceback."
+    )
 
 
 def _carry_out(

@@ -74,7 +74,12 @@ def show_plan(plan: Plan, findings: list[Finding], *, as_json: bool) -> None:
     states = {step.name: _state(plan, step) for step in plan.steps}
     if as_json:
         steps = [
-            {"step": step.name, "stage": step.stage.name, "state": states[step.name], "fingerprint": step.key.fingerprint}
+            {
+                "step": step.name,
+                "stage": step.stage.name,
+                "state": states[step.name],
+                "fingerprint": step.key.fingerprint,
+            }
             for step in plan.steps
         ]
         print(json.dumps({"steps": steps, "findings": [dataclasses.asdict(each) for each in findings]}, indent=1))

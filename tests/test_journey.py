@@ -1,0 +1,233 @@
+"""The whole way in one run, on a small slice of digits: raw arrays in, a proven bundle out."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+from sklearn.datasets import load_digits
+
+CONFIG = {
+    "name": "slice",
+    "seed": 3,
+    "source": {"kind": "arrays", "train": "digits.npz"},
+    "preprocess": {"block_rows": 64, "splits": {"test": 0.25, "validation": 0.15, "calibration": 0.1}},
+    "model": {"name": "cnn", "options": {"filters": [8, 16]}},
+    "train": {"epochs": 6, "batch_size": 32, "optimizer": {"name": "adam", "learning_rate": 0.01}},
+    "compress": {
+        "recipes": ["float16", "dynamic", "int8", "prune@0.5+int8", "prune@0.5+qat"],
+        "prune": {"epochs": 1},
+        "qat": {"epochs": 1},
+    },
+    "measure": {"runs": 20, "warmup": 2},
+    "select": {"max_metric_drop": 0.2},
+}
+RECIPES = ["float32", "float16", "dynamic", "int8", "prune@0.5+int8", "prune@0.5+qat"]
+
+
+def trimline(*arguments: str, folder: pathlib.Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+def write_slice(folder: pathlib.Path, rows: int = 600) -> None:
+    digits = load_digits()
+    pictures = (digits.images[:rows] * 255 // 16).astype("uint8")[..., np.newaxis]
+    np.savez(folder / "digits.npz", x=pictures, y=digits.target[:rows])
+    (folder / "slice.yaml").write_text(yaml.safe_dump(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def journey(tmp_path_factory) -> pathlib.Path:
+    """The folder after one run."""
+    folder = tmp_path_factory.mktemp("journey")
+    write_slice(folder)
+    done = trimline("run", "slice.yaml", folder=folder)
+    assert done.returncode == 0, done.stderr + done.stdout
+    (folder / "screen.txt").write_text(done.stdout)
+    (folder / "noise.txt").write_text(done.stderr)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(journey) -> dict:
+    return json.loads((journey / "workspace" / "slice" / "results.json").read_text())
+
+
+def test_every_variant_is_measured_and_ok(results):
+    assert [variant["recipe"] for variant in results["variants"]] == RECIPES
+    assert {variant["recipe"]: variant["reason"] for variant in results["variants"] if variant["status"] != "ok"} == {}
+    for variant in results["variants"]:
+        assert variant["metric"] > 0.6, variant
+        assert variant["latency_ms"]["p50"] > 0
+        assert variant["proof"]["flex"] == []
+
+
+def test_compression_shows_in_the_files(results):
+    by_recipe = {variant["recipe"]: variant for variant in results["variants"]}
+    whole = by_recipe["float32"]
+    assert by_recipe["int8"]["bytes"] < 0.6 * whole["bytes"]
+    assert by_recipe["prune@0.5+qat"]["gzip_bytes"] < by_recipe["int8"]["gzip_bytes"]
+    assert by_recipe["prune@0.5+qat"]["proof"]["sparsity"] > by_recipe["int8"]["proof"]["sparsity"] + 0.2
+    assert whole["metric_drop"] == 0
+
+
+def test_the_split_sizes_add_up_and_the_chosen_one_says_why(results):
+    assert sum(results["examples"].values()) == 600
+    assert results["selected"] in RECIPES
+    assert "bytes" in results["selected_because"]
+
+
+def test_the_screen_shows_a_table_and_no_noise(journey):
+    screen = (journey / "screen.txt").read_text()
+    assert "Chosen:" in screen
+    assert "report.html" in screen
+    assert (journey / "noise.txt").read_text() == ""
+
+
+def test_the_bundle_holds_and_predicts(journey):
+    bundle = "workspace/slice/bundle"
+    verified = trimline("verify", bundle, folder=journey)
+    assert verified.returncode == 0, verified.stderr
+    np.save(journey / "two.npy", np.load(journey / "digits.npz")["x"][:2])
+    answered = trimline("predict", bundle, "two.npy", "--json", folder=journey)
+    assert answered.returncode == 0, answered.stderr
+    assert len(json.loads(answered.stdout)) == 2
+
+
+def test_a_bundle_with_one_changed_byte_is_refused(journey, tmp_path):
+    import shutil
+
+    shutil.copytree(journey / "workspace" / "slice" / "bundle", tmp_path / "bundle")
+    labels = tmp_path / "bundle" / "labels.txt"
+    labels.write_text(labels.read_text().replace("1", "7"))
+    refused = trimline("verify", str(tmp_path / "bundle"), folder=tmp_path)
+    assert refused.returncode == 4
+    assert "labels.txt" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+def test_tensorboard_holds_a_run_for_every_stage_in_the_order_of_the_journey(journey):
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(journey / "workspace" / "slice" / "tensorboard"))
+    multiplexer.Reload()
+    runs = sorted({name.split("/")[0] for name in multiplexer.Runs()})
+    stages = [name.split("-")[1] for name in runs]
+    assert list(dict.fromkeys(stages)) == ["preprocess", "train", "compress", "export", "measure", "select"]
+
+
+def test_inspect_reads_the_chosen_file(journey):
+    told = trimline("inspect", "workspace/slice/bundle/model.tflite", "--json", folder=journey)
+    assert told.returncode == 0, told.stderr
+    assert json.loads(told.stdout)["flex"] == []
+
+
+def test_an_unchanged_rerun_works_at_nothing_and_does_not_load_tensorflow(journey, results):
+    before = time.monotonic()
+    again = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "pipeline", "run", "slice.yaml"],
+        cwd=journey, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert time.monotonic() - before < 30  # a hang, not a speed: the speed is in benchmarks/
+    assert "start " not in again.stdout
+    assert again.stdout.count("cached") == 6 + 2 * 6 + 1  # preprocess train compress*2 select bundle report; per recipe
+    assert "tensorflow" not in again.stderr
+    assert json.loads((journey / "workspace" / "slice" / "results.json").read_text()) == results
+
+
+def test_one_changed_recipe_step_retrains_neither_the_base_nor_the_others(journey):
+    planned = trimline("plan", "slice.yaml", "--set", "compress.qat.epochs=2", "--json", folder=journey)
+    assert planned.returncode == 0, planned.stderr
+    states = {step["step"]: step["state"] for step in json.loads(planned.stdout)["steps"]}
+    assert states["train"] == states["compress prune@0.5"] == states["export int8"] == "cached"
+    runs = {name for name, state in states.items() if state == "runs"}
+    assert runs == {
+        "compress prune@0.5+qat", "export prune@0.5+qat", "measure prune@0.5+qat", "select", "bundle", "report",
+    }  # fmt: skip
+
+
+def test_impossible_constraints_exit_with_their_own_code_and_say_by_how_much(journey):
+    done = trimline("run", "slice.yaml", "--set", "select.max_bytes=10", "--set", "name=tight", folder=journey)
+    assert done.returncode == 7
+    assert "max_bytes" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert (journey / "workspace" / "tight" / "report.html").exists()
+    assert not (journey / "workspace" / "tight" / "bundle").exists()
+
+
+def test_a_run_killed_while_it_trains_ends_in_the_same_files(journey, results, tmp_path):
+    write_slice(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "run", "slice.yaml"], cwd=tmp_path, stdout=subprocess.PIPE
+    )
+    store = tmp_path / "workspace" / "store"
+    wait_for(lambda: list(store.glob("train/*.partial/checkpoints/*")), process)
+    process.kill()
+    process.communicate()
+    assert not list(store.glob("train/*/COMPLETED"))
+    done = trimline("run", "slice.yaml", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path) == files(journey)
+
+
+def wait_for(condition, process, seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < end, "nothing to kill in time"
+        time.sleep(0.02)
+
+
+def files(folder: pathlib.Path) -> dict[str, str]:
+    """Recipe -> SHA-256 of its file."""
+    told = json.loads((folder / "workspace" / "slice" / "results.json").read_text())
+    return {variant["recipe"]: variant["sha256"] for variant in told["variants"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "stage", ["preprocess", "train", "compress", "export", "measure", "select", "bundle", "report"]
+)
+def test_a_run_killed_in_any_stage_is_completed_by_the_next_with_the_same_files(journey, tmp_path, stage):
+    write_slice(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "run", "slice.yaml"], cwd=tmp_path, stdout=subprocess.PIPE
+    )
+    wait_for(lambda: list((tmp_path / "workspace" / "store").glob(f"{stage}/*.partial")), process)
+    process.kill()
+    process.communicate()
+    done = trimline("run", "slice.yaml", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path) == files(journey)
+    assert not list((tmp_path / "workspace" / "store").glob("*/*.partial"))
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_on_one_workspace_end_in_the_same_files(journey, tmp_path):
+    write_slice(tmp_path)
+    command = [sys.executable, "-m", "pipeline", "run", "slice.yaml"]
+    both = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    for process in both:
+        _, noise = process.communicate(timeout=600)
+        assert process.returncode == 0, noise.decode()
+    assert files(tmp_path) == files(journey)
+
+
+def test_ctrl_c_is_one_line_and_the_next_run_goes_on(tmp_path):
+    write_slice(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "run", "slice.yaml", "--until", "train"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for(lambda: list((tmp_path / "workspace" / "store").glob("train/*.partial/checkpoints/*")), process)
+    os.kill(process.pid, 2)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert said == "trimline: stopped. What was finished is kept; the same command goes on from here.\n"
