@@ -1,0 +1,232 @@
+"""Export: a trained model becomes one TFLite file.
+
+    model --export(format)--> model.tflite + exported.json
+
+Knows nothing of training, compression or the runner; takes a Keras 3 model as well as a tf_keras one, since both are
+functions of a batch. Built-in operators only: a file that needs the TensorFlow runtime (Flex) is refused.
+
+The door into the converter is a concrete function of one example with named input and output. Measured against
+`from_keras_model` on TF 2.21: equal weights and operators, but that door leaves the batch open, calls the output
+'output_0' and saves the model twice; a frozen function loses the output's name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import tensorflow as tf
+
+from components.artifacts import DataSpec, Promise, TFLiteFile, sha256, write_json
+from components.delivery.proof import read_proof
+from components.errors import ConfigError, ContractError, ModelError
+from components.options import ExportOptions
+from components.recipe import FORMATS
+from components.tracing import Trace
+
+CALIBRATION_LIMIT = 512  # ranges of the models in docs/results.md no longer move beyond some 200 examples
+
+
+def export(
+    recipe: str,
+    format: str,
+    model: Callable[..., Any],
+    spec: DataSpec,
+    outputs: Literal["logits", "probabilities"],
+    options: ExportOptions,
+    calibration: np.ndarray | None,
+    folder: pathlib.Path,
+    *,
+    promises: Sequence[Promise] = (),
+    untreated: Sequence[dict[str, Any]] = (),
+    seed: int,
+    trace: Trace,
+) -> TFLiteFile:
+    """Converts `model` and writes `model.tflite` and its face into `folder`.
+
+    Args:
+      recipe: As results name it, 'prune@0.8+qat'.
+      format: 'float32', 'float16' (kernels only), 'dynamic' (int8 kernels above 1,024 weights, float activations) or
+        'int8' (everything). A model that carries fake quantization keeps its own ranges under 'int8'.
+      model: Built Keras model of one input (batch, *spec.input_shape) float32; called with `training=False`.
+      spec: Names the input and fixes its shape; the file takes one example.
+      outputs: Name of a classifier's output in the file; regression calls it 'value'.
+      options: Calibration budget, and the dtype of input and output of an int8 file.
+      calibration: float32 (n, *spec.input_shape) as the model is fed; read for 'int8' only.
+      folder: Exists; an earlier attempt is overwritten.
+      promises: What the compression steps did; carried along for `measure` to check.
+      untreated: Layers that a compression step left alone, with reasons; carried along.
+      seed: Draws the calibration examples where there are more than the budget.
+      trace: Hears progress, warnings, sizes.
+
+    Returns:
+      The written file. Equal arguments give equal bytes.
+
+    Raises:
+      ConfigError: Unknown format, or a calibration budget above what the data holds.
+      ContractError: Calibration examples are absent, of another shape, or not finite.
+      ModelError: An operator has no built-in kernel, or the model returns another shape or dtype than `spec` says.
+
+    Source: TFLite int8 scheme, tensorflow.org/lite/performance/quantization_spec
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"export.format must be one of {', '.join(FORMATS)}, got '{format}'; correct the recipe.")
+    output_name = "value" if spec.task == "regression" else outputs
+    function, holder = _function(model, spec, output_name)
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([function], holder)
+    if format == "int8":
+        examples = _calibration(calibration, spec, options, seed)
+        _quantize_all(converter, examples, options, trace)
+    elif format != "float32":
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        converter.target_spec.supported_types = [tf.float16] if format == "float16" else []
+    file = TFLiteFile(folder)
+    file.file.write_bytes(_convert(converter, recipe, model))
+    _write_face(file, recipe, format, output_name, promises, untreated, trace)
+    return file
+
+
+def _function(model: Callable[..., Any], spec: DataSpec, output_name: str) -> tuple[Any, tf.Module]:
+    """`model` as a concrete function of one example, and the object that owns its variables.
+
+    Raises:
+      ModelError: The model does not return float32 (1, spec.outputs).
+    """
+    signature = tf.TensorSpec((1, *spec.input_shape), tf.float32, name=spec.input_name)
+
+    # The converter takes the argument's name for the input's, hence by keyword.
+    def serve(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {output_name: model(inputs[spec.input_name], training=False)}
+
+    serving = tf.function(serve, autograph=False)
+    function = serving.get_concrete_function(**{spec.input_name: signature})
+    made = function.structured_outputs[output_name]
+    if tuple(made.shape) != (1, spec.outputs) or made.dtype != tf.float32:
+        raise ModelError(
+            f"export: a model of this data returns float32 (batch, {spec.outputs}), got {made.dtype.name} {tuple(made.shape)}; "
+            "change its last layer, or load it with the float32 dtype policy."
+        )
+    holder = tf.Module()
+    holder.serving = serving
+    # Neither Keras makes its variables visible to a tf.Module, and a variable that nobody tracks is not frozen.
+    holder.tracked = list(function.graph.variables)
+    return function, holder
+
+
+def _calibration(calibration: np.ndarray | None, spec: DataSpec, options: ExportOptions, seed: int) -> np.ndarray:
+    """The examples that fix int8 ranges: drawn without replacement under `seed`, kept in file order."""
+    held = 0 if calibration is None else len(calibration)
+    if calibration is None or held == 0:
+        raise ContractError(
+            "export: int8 needs examples that fix its ranges, got 0; raise data.splits.calibration above 0 or leave int8 out of compress.recipes."
+        )
+    if calibration.shape[1:] != spec.input_shape or calibration.dtype != np.float32:
+        raise ContractError(
+            f"export: calibration examples are float32 of shape {spec.input_shape}, got {calibration.dtype} {calibration.shape[1:]}; pass them as the model is fed."
+        )
+    if not np.isfinite(calibration).all():
+        row = int(np.argmin(np.isfinite(calibration.reshape(held, -1)).all(axis=1)))
+        raise ContractError(f"export: calibration example {row} holds NaN or infinity; repair the calibration split.")
+    wanted = options.calibration_examples or min(held, CALIBRATION_LIMIT)
+    if wanted > held:
+        raise ConfigError(
+            f"export.calibration_examples={wanted}: the calibration split holds {held}; lower it or raise data.splits.calibration."
+        )
+    return calibration[np.sort(np.random.default_rng(seed).permutation(held)[:wanted])]
+
+
+def _quantize_all(converter: Any, examples: np.ndarray, options: ExportOptions, trace: Trace) -> None:
+    """Sets the converter to full int8.
+
+    Examples are passed for quantization-aware models too: TF 2.21 insists on them, and takes from them only the ranges
+    of layers that carry none of their own.
+    """
+
+    def representative() -> Iterator[list[np.ndarray]]:
+        for number, example in enumerate(examples, 1):
+            trace.progress(number, len(examples), "calibrating int8")
+            yield [example[np.newaxis]]
+
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    converter.representative_dataset = representative
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    if options.io == "int8":
+        converter.inference_input_type = converter.inference_output_type = tf.int8
+
+
+def _convert(converter: Any, recipe: str, model: Any) -> bytes:
+    with warnings.catch_warnings():
+        # TF 2.21 says so in every int8 conversion: it asks for the ranges of a model that is quantized already.
+        warnings.filterwarnings("ignore", "Statistics for quantized inputs were expected", UserWarning)
+        try:
+            return converter.convert()
+        except Exception as error:  # the converter raises ConverterError, ValueError and RuntimeError alike
+            raise ModelError(_explain(error, recipe, model)) from error
+
+
+def _explain(error: Exception, recipe: str, model: Any) -> str:
+    """One line that names the operators, and the Keras layers that they come from."""
+    found = [(_layer(report, model), report.operator.name) for report in getattr(error, "errors", ())]
+    named = sorted({(layer, name.removeprefix("tf.")) for layer, name in found if name})
+    if not named:
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return f"export '{recipe}': the TFLite converter refused the model: {first[:300]}; see the run's log for all of it."
+    where = ", ".join(f"{name} in layer '{layer}'" if layer else name for layer, name in named)
+    return (
+        f"export '{recipe}': no built-in TFLite operator for {where}; "
+        "replace the layer by one made of built-in operators (tensorflow.org/lite/guide/op_select_allowlist lists what needs more)."
+    )
+
+
+def _layer(report: Any, model: Any) -> str:
+    """The innermost layer of `model` in the converter's call stack, or '' where it names none."""
+    layers = {layer.name for layer in getattr(model, "layers", ())}
+    for call in report.location.call:
+        for scope in reversed(call.name.partition("@")[0].split("/")[:-1]):
+            # Keras 3 numbers a scope that it enters twice.
+            for name in (scope, re.sub(r"_\d+$", "", scope)):
+                if name in layers:
+                    return name
+    return ""
+
+
+def _write_face(
+    file: TFLiteFile,
+    recipe: str,
+    format: str,
+    output_name: str,
+    promises: Sequence[Promise],
+    untreated: Sequence[dict[str, Any]],
+    trace: Trace,
+) -> None:
+    proof = read_proof(file.file)
+    if format == "int8" and proof.float_operators:
+        names = ", ".join(proof.float_operators)
+        trace.warn(
+            f"{recipe}: {names} have no int8 kernel and run in float inside the int8 file; expect it to be slower."
+        )
+    trace.scalar("export/bytes", proof.bytes)
+    trace.scalar("export/gzip_bytes", proof.gzip_bytes)
+    trace.scalar("export/parameters", proof.parameters)
+    trace.text("export/operators", _table(proof.operators))
+    write_json(
+        file.folder / "exported.json",
+        {
+            "recipe": recipe,
+            "format": format,
+            "outputs": output_name,
+            "sha256": sha256(file.file),
+            "bytes": proof.bytes,
+            "promises": [dataclasses.asdict(promise) for promise in promises],
+            "untreated": list(untreated),
+        },
+    )
+
+
+def _table(operators: dict[str, int]) -> str:
+    return "\n".join(["| operator | uses |", "|---|---|", *(f"| {name} | {n} |" for name, n in operators.items())])
