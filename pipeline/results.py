@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from components.artifacts import PreparedData, read_json, write_json
@@ -75,7 +75,8 @@ def write_results(
     name: str,
     select_options: Any,
     data: PreparedData,
-    measured: Sequence[dict[str, Any]],
+    measured: Mapping[str, dict[str, Any]],
+    files: Mapping[str, str],
     failures: Mapping[str, str],
     seconds: Mapping[str, float],
     trace: Trace,
@@ -87,14 +88,18 @@ def write_results(
       name: The run.
       select_options: A `SelectOptions`.
       data: For the task and the number of examples.
-      measured: One entry per variant that was measured.
+      measured: Recipe -> its measurements, in the user's order.
+      files: Recipe -> its `.tflite`, relative to the workspace.
       failures: Recipe -> why it was not.
       seconds: Step -> how long it worked.
       trace: For the selection's TensorBoard run.
     """
-    from components.delivery.select import drops, select
+    from components.delivery.select import drops, failed, remarks, select
 
-    variants = drops(measured) + [_failed(recipe, reason) for recipe, reason in failures.items()]
+    entries = [{**variant, "file": files[recipe]} for recipe, variant in measured.items()]
+    variants = drops(entries) + [failed(recipe, reason) for recipe, reason in failures.items()]
+    for line in (said := remarks(variants)):
+        trace.warn(line)
     try:
         picked = select(variants, select_options)
         selected, because = picked.recipe, picked.because
@@ -113,17 +118,13 @@ def write_results(
         "constraints": select_options.model_dump(),
         "selected": selected,
         "selected_because": because,
+        "remarks": said,
     }
     trace.text("selected", f"**{selected}** {because}" if selected else because)
     for variant in variants:
         if variant["status"] == "ok":
             trace.scalar(f"chosen/{variant['recipe']}", float(variant["recipe"] == selected))
     write_json(folder / FILE, value)
-
-
-def _failed(recipe: str, reason: str) -> dict[str, Any]:
-    nothing = ("file", "sha256", "metric", "metric_drop", "bytes", "gzip_bytes", "parameters", "latency_ms", "proof")
-    return {"recipe": recipe, "status": "failed", "reason": reason, **dict.fromkeys(nothing)}
 
 
 def environment() -> dict[str, Any]:

@@ -202,13 +202,18 @@ def _measure(call: Call) -> None:
 
 
 def _select(call: Call) -> None:
-    measured = [Measured(path).variant for name, path in call.takes.items() if name.startswith("measure ")]
+    measured = {
+        name.removeprefix("measure "): Measured(path).variant
+        for name, path in call.takes.items()
+        if name.startswith("measure ")
+    }
     results.write_results(
         call.folder,
         name=call.config.name,
         select_options=call.config.select,
         data=call.data,
         measured=measured,
+        files={recipe: _relative(TFLiteFile(call.takes[f"export {recipe}"]).file) for recipe in measured},
         failures=call.failures,
         seconds=call.seconds,
         trace=call.trace,
@@ -244,6 +249,11 @@ def _report(call: Call) -> None:
     measured = {name.removeprefix("measure "): path for name, path in call.takes.items() if name.startswith("measure ")}
     report(read_json(call.takes["select"] / results.FILE), call.folder)
     del measured
+
+
+def _relative(path: pathlib.Path) -> str:
+    """A file of the store as seen from the workspace: 'store/export/<fingerprint>/model.tflite'."""
+    return pathlib.PurePosixPath(*path.parts[-4:]).as_posix()
 
 
 def _recipe(call: Call) -> Recipe:

@@ -44,6 +44,8 @@ def show_results(results: Results) -> None:
     for variant in data["variants"]:
         if variant["reason"]:
             console.print(f"{variant['recipe']}: {variant['reason']}")
+    for remark in data["remarks"]:
+        console.print(f"note: {remark}")
     if results.selected:
         console.print(f"Chosen:       {data['selected']}: {data['selected_because']}")
         console.print(f"File:         {results.folder / 'bundle' / 'model.tflite'}")
@@ -106,19 +108,29 @@ def show_proof(proof: Any, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts, indent=1))
         return
-    console, table = _console(), _table(None, "weights", "used by", "shape", "dtype", "sparsity", "distinct/channel")
-    for weights in facts.pop("weights"):
+    columns = ("weights", "used by", "shape", "dtype", "sparsity", "distinct", "distinct/channel")
+    console, table = _console(), _table(None, *columns)
+    for kernel in facts.pop("weights"):
         table.add_row(
-            weights["name"],
-            weights["operator"],
-            "x".join(map(str, weights["shape"])),
-            weights["dtype"],
-            f"{weights['sparsity']:.3f}",
-            str(weights["distinct_per_channel"]),
+            kernel["name"],
+            kernel["operator"],
+            "x".join(map(str, kernel["shape"])),
+            kernel["dtype"],
+            f"{kernel['sparsity']:.3f}",
+            str(kernel["distinct"]),
+            str(kernel["distinct_per_channel"]),
         )
     console.print(table)
     for name, value in facts.items():
-        console.print(f"{name:22} {value}")
+        console.print(f"{name:26} {_words(value)}")
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {count}" for name, count in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def show_verification(verification: Any, *, as_json: bool) -> None:
