@@ -1,0 +1,66 @@
+"""Strategy: the name in the configuration becomes the `tf.distribute` strategy that training runs under.
+
+`default` and `mirrored` run; `multi_worker` and `tpu` are names that the configuration reserves. TensorFlow is imported
+when a strategy is made, not before, so that `plan` can check the rules in milliseconds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from components.errors import ConfigError
+from components.options import StrategyOptions
+from components.training.replicas import check_batch
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+
+def check_strategy(options: StrategyOptions, batch_size: int) -> None:
+    """What can be said about `options` without starting TensorFlow.
+
+    With `devices` unset the number of replicas is known only on the machine; training checks the batch then.
+
+    Raises:
+      ConfigError: The name is reserved, `devices` means nothing here, or the global batch does not divide.
+    """
+    if options.name in ("multi_worker", "tpu"):
+        raise ConfigError(
+            f"strategy.name={options.name} is reserved, this version trains on one machine: use mirrored or default."
+        )
+    if options.devices is None:
+        return
+    if options.name == "default":
+        raise ConfigError(
+            f"strategy.devices={options.devices} applies to mirrored, got strategy.name=default; set strategy.name=mirrored, or drop strategy.devices."
+        )
+    check_batch(batch_size, options.devices, options.name)
+
+
+def make_strategy(options: StrategyOptions) -> tf.distribute.Strategy:
+    """Makes the strategy that `options` name.
+
+    `mirrored` copies the model to each GPU, or, where there is none, to each logical CPU device, and sums the gradients
+    of their shares of the batch.
+
+    Raises:
+      ConfigError: The name is reserved, or more devices are asked for than the machine has.
+    """
+    check_strategy(options, batch_size=options.devices or 1)
+    import tensorflow as tf
+
+    if options.name == "default":
+        return tf.distribute.get_strategy()
+    return tf.distribute.MirroredStrategy(_devices(options.devices))
+
+
+def _devices(wanted: int | None) -> list[str]:
+    import tensorflow as tf
+
+    kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
+    found = [device.name for device in tf.config.list_logical_devices(kind)]
+    if wanted is not None and wanted > len(found):
+        raise ConfigError(
+            f"strategy.devices={wanted} asks for more than the {len(found)} {kind} devices of this machine: use {len(found)} or fewer, or drop it to take all."
+        )
+    return found[:wanted]
