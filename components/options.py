@@ -17,9 +17,9 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Options(pydantic.BaseModel):
-    """Base: frozen, unknown keys refused, defaults checked like input."""
+    """Base: frozen, unknown keys and infinite numbers refused, defaults checked like input."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 # --- where raw records come from ---------------------------------------------------------------------------------
@@ -71,7 +71,17 @@ class ImagesSource(Options):
     test: str | None = Field(None, description="None: the test split is drawn from `train` by hash.")
 
 
-Source = Annotated[DigitsSource | ArraysSource | IdxSource | CsvSource | ImagesSource, Field(discriminator="kind")]
+class LineSource(Options):
+    """The textbook regression, made on the spot and always the same: y = 2x + 1 + noise, x uniform on [0, 1)."""
+
+    kind: Literal["line"]
+    rows: int = Field(1000, ge=10, le=10_000_000)
+    noise: float = Field(1.0, ge=0, description="The noise is uniform on [0, noise): its mean lifts the line by half.")
+
+
+Source = Annotated[
+    DigitsSource | ArraysSource | IdxSource | CsvSource | ImagesSource | LineSource, Field(discriminator="kind")
+]
 
 
 class SplitOptions(Options):

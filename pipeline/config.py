@@ -1,0 +1,411 @@
+"""The configuration of a run: YAML in, one frozen and checked `Config` out.
+
+    my.yaml or a template's name, --set overrides --load_config()--> Config
+
+Every fault is one line: FILE:LINE: section.key rule, got value; next step. Nothing here imports TensorFlow.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import pydantic
+import pydantic_core
+from pydantic import Field
+
+from components.errors import ConfigError
+from components.options import (
+    BundleOptions,
+    CompressOptions,
+    CsvSource,
+    ExportOptions,
+    IdxSource,
+    ImagesSource,
+    LineSource,
+    MeasureOptions,
+    ModelOptions,
+    Options,
+    PreprocessOptions,
+    SelectOptions,
+    Source,
+    StrategyOptions,
+    TrainOptions,
+)
+from components.recipe import Recipe, parse_recipe
+from pipeline import rules, yaml_text
+from pipeline.rules import Origin, Spot
+from pipeline.yaml_text import KeyPath, dotted, shown
+
+_TEMPLATES = pathlib.Path(__file__).with_name("templates")
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+class Config(Options):
+    """Everything that a run depends on. `load_config` makes one; paths are absolute, save `workspace`."""
+
+    name: str = Field(
+        description="Name of the run and of its folder: letters, digits, '.', '_', '-'; at most 64.",
+        json_schema_extra={"pattern": f"^{_NAME}$"},
+    )
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Everything random follows from it.")
+    task: Literal["auto", "classification", "regression"] = Field("auto", description="auto: from the labels.")
+    workspace: str = Field(
+        "workspace", min_length=1, description="Folder of runs and of cached work, relative to the current one."
+    )
+    source: Source
+    preprocess: PreprocessOptions = PreprocessOptions()
+    model: ModelOptions
+    strategy: StrategyOptions = StrategyOptions()
+    train: TrainOptions = TrainOptions()
+    compress: CompressOptions = CompressOptions()
+    export: ExportOptions = ExportOptions()
+    measure: MeasureOptions = MeasureOptions()
+    select: SelectOptions = SelectOptions()
+    bundle: BundleOptions = BundleOptions()
+
+    @pydantic.model_validator(mode="after")
+    def _possible(self) -> Config:
+        """Refuses what no single key shows to be wrong."""
+        for path, rule in _contradictions(self):
+            raise pydantic_core.PydanticCustomError("impossible", "{rule}", {"path": path, "rule": rule})
+        return self
+
+
+def load_config(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Reads and checks a configuration.
+
+    `${NAME}` in a path stands for an environment variable. A relative path starts at the file's folder; in an override,
+    a template or a mapping, at the current folder.
+
+    Args:
+      source: A YAML file, the name of a template, or the values themselves.
+      overrides: 'a.b=c', value in YAML, as after `--set` on the command line.
+
+    Raises:
+      ConfigError: Whatever is wrong, the first of it, with its place.
+    """
+    data, origin = _values(source) if isinstance(source, Mapping) else _read(source)
+    for override in overrides:
+        _override(data, origin, override)
+    if isinstance(data, dict):
+        _resolve_paths(data, origin)
+    return _checked(data, origin)
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """`load_config` for values at hand: `from_dict({"name": "mine", "source": {"kind": "digits"}, "model": {...}})`."""
+    return load_config(values)
+
+
+def dump(config: Config) -> str:
+    """The whole configuration, defaults included, as YAML that `load_config` takes back unchanged."""
+    return yaml_text.write(config.model_dump(mode="json"))
+
+
+def templates() -> list[str]:
+    """Names of the templates that ship with trimline."""
+    return sorted(file.stem for file in _TEMPLATES.glob("*.yaml"))
+
+
+def template_text(name: str) -> str:
+    """A template as it is written, comments and all.
+
+    Raises:
+      ConfigError: There is none of that name.
+    """
+    if name not in templates():
+        raise ConfigError(f"template '{name}': there is none of that name; use one of {', '.join(templates())}.")
+    return (_TEMPLATES / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+@functools.cache
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a configuration file, for completion and checks in an editor."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Config.model_json_schema(),
+        "title": "trimline configuration",
+    }
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def _read(source: str | os.PathLike[str]) -> tuple[Any, Origin]:
+    """Values of a file or template, and where each was written."""
+    file = pathlib.Path(source)
+    if isinstance(source, str) and source in templates():
+        where, base, text = f"template {source}", pathlib.Path.cwd(), template_text(source)
+    else:
+        where, base, text = str(source), file.absolute().parent, _file_text(file)
+    data, lines = yaml_text.read(text, where)
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"{where}:1: a configuration must be a section of keys, got {shown(data)}; 'trimline init digits' writes one."
+        )
+    spots = {path: Spot(line, f"{where}:{line}", base) for path, line in lines.items()}
+    return data, Origin(Spot(1, f"{where}:1", base), spots)
+
+
+def _file_text(file: pathlib.Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{file}: must be UTF-8 text, got byte {error.start} that is not; save it as UTF-8."
+        ) from None
+    except (FileNotFoundError, ValueError):
+        near = difflib.get_close_matches(str(file), templates(), n=1)
+        meant = f"did you mean the template '{near[0]}'?" if near else f"templates are {', '.join(templates())}."
+        raise ConfigError(f"{shown(str(file))}: there is no such file or template; {meant}") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: must be a readable file, got '{error.strerror}'; check the path.") from None
+
+
+def _values(source: Mapping[str, Any]) -> tuple[Any, Origin]:
+    return _plain(source, ()), Origin(Spot(0, "", pathlib.Path.cwd()))
+
+
+def _plain(value: Any, path: KeyPath) -> Any:
+    """`value` as YAML would have given it: what Python users pass along is options, tuples, paths, NumPy numbers."""
+    if len(path) > yaml_text.DEEPEST:
+        raise ConfigError(f"{dotted(path[:3])} must be nested at most {yaml_text.DEEPEST} deep, got more; flatten it.")
+    match value:
+        case None | bool() | int() | float():
+            return value
+        case str() if not re.search("[\ud800-\udfff]", value):
+            return str(value)
+        case os.PathLike():
+            return os.fspath(value)
+        case pydantic.BaseModel():
+            return value.model_dump(mode="json")
+        case Mapping():
+            return {str(key): _plain(each, (*path, str(key))) for key, each in value.items()}
+        case list() | tuple():
+            return [_plain(each, (*path, index)) for index, each in enumerate(value)]
+    if callable(getattr(value, "item", None)) and getattr(value, "shape", None) == ():
+        return _plain(value.item(), path)
+    raise ConfigError(
+        f"{dotted(path)} must be text, a number, true, false, null, a list or a section, got {shown(value)} of type "
+        f"{type(value).__name__}; convert it."
+    )
+
+
+def _override(data: dict[str, Any], origin: Origin, override: str) -> None:
+    """Puts `a.b=c` into `data`; whether the configuration has such a key is checked with all the rest."""
+    place = f"--set {override}"
+    key, equals, text = override.partition("=")
+    path = tuple(part.strip() for part in key.split("."))
+    if not equals or not all(path):
+        raise ConfigError(
+            f"{place}: must be KEY=VALUE, got {shown(override)}; write for instance --set train.epochs=5."
+        )
+    spot = Spot(0, place, pathlib.Path.cwd())
+    inside = data
+    for depth, part in enumerate(path[:-1], start=1):
+        if not isinstance(inside.get(part), dict):
+            inside[part] = {}
+            origin.spots[path[:depth]] = spot
+        inside = inside[part]
+    inside[path[-1]], _ = yaml_text.read(text, place)
+    for stale in [each for each in origin.spots if each[: len(path)] == path]:
+        del origin.spots[stale]
+    origin.spots[path] = spot
+
+
+# --- paths -------------------------------------------------------------------------------------------------------
+
+
+def _path_places(data: dict[str, Any]) -> Iterator[tuple[Any, Any, KeyPath]]:
+    """(container, key, path) of every text that names a file or folder.
+
+    In every kind of source these are the fields that start with the split whose records they hold.
+    """
+    places: list[tuple[Any, Any, KeyPath]] = [(data, "workspace", ("workspace",))]
+    if isinstance(model := data.get("model"), dict):
+        places += [(model, key, ("model", key)) for key in ("file", "builder")]
+    if isinstance(source := data.get("source"), dict):
+        for key in filter(lambda key: key.startswith(("train", "test")), source):
+            if isinstance(files := source[key], list):
+                places += [(files, index, ("source", key, index)) for index in range(len(files))]
+            places.append((source, key, ("source", key)))
+    for container, key, path in places:
+        if isinstance(container, list) or key in container:
+            yield container, key, path
+
+
+def _resolve_paths(data: dict[str, Any], origin: Origin) -> None:
+    """Expands `${NAME}` and `~`, and starts relative paths at the folder of the file that holds them."""
+    for container, key, path in _path_places(data):
+        if not isinstance(text := container[key], str):
+            continue  # the types are checked later, all at once
+        text = os.path.expanduser(_expand(text, path, origin))
+        folder = origin.spot(path).base
+        if key == "builder":
+            place, _, function = text.rpartition(":")
+            text = f"{folder / place}:{function}" if place.endswith(".py") else text
+        elif key != "workspace":
+            text = str(folder / text)
+        container[key] = text
+
+
+def _expand(text: str, path: KeyPath, origin: Origin) -> str:
+    """`text` with its environment variables filled in."""
+    if not text.strip() or "\0" in text:
+        raise ConfigError(
+            origin.line(path, f"{dotted(path)} must name a file or folder, got {shown(text)}; write its path.")
+        )
+    for name in _VARIABLE.findall(text):
+        if not os.environ.get(name):
+            raise ConfigError(
+                origin.line(
+                    path,
+                    f"{dotted(path)} must get the environment variable {name}, got none set in {shown(text)}; "
+                    f"set it: export {name}=FOLDER.",
+                )
+            )
+    return _VARIABLE.sub(lambda match: os.environ[match[1]], text)
+
+
+def _missing_files(config: Config, origin: Origin) -> Iterator[str]:
+    """One line for each file or folder that is named and not there."""
+    for container, key, path in _path_places(config.model_dump()):
+        text = container[key]
+        if key == "workspace" or not isinstance(text, str):
+            continue
+        if key == "builder":
+            text = text.rpartition(":")[0]
+            if not text.endswith(".py"):
+                continue
+        folder = path[0] == "source" and isinstance(config.source, ImagesSource)
+        if not (os.path.isdir(text) if folder else os.path.isfile(text)):
+            rule = f"{dotted(path)} must be {'a folder' if folder else 'a file'} that exists, got {shown(text, 200)}"
+            yield origin.line(path, f"{rule}; correct the path.")
+
+
+# --- checks ------------------------------------------------------------------------------------------------------
+
+
+def _checked(data: Any, origin: Origin) -> Config:
+    try:
+        # From JSON, since strict checks of Python values would refuse a list where a tuple is kept.
+        config = Config.model_validate_json(json.dumps(data), strict=True)
+    except pydantic.ValidationError as error:
+        raise ConfigError(rules.told(error.errors(include_url=False), data, json_schema(), origin)) from None
+    if missing := list(_missing_files(config, origin)):
+        raise ConfigError(missing[0] + (f" (and {len(missing) - 1} more)" if missing[1:] else ""))
+    return config
+
+
+def _contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    """(place, the rule with value and next step) of what cannot be, though every value is legal on its own."""
+    if not re.fullmatch(_NAME, config.name) or config.name.lower() == "store":
+        yield (
+            ("name",),
+            "name must be letters, digits, '.', '_' and '-', at most 64, starting with a letter or digit, and not "
+            f"'store', got {shown(config.name)}; choose another.",
+        )
+    yield from _source_contradictions(config)
+    yield from _training_contradictions(config)
+    yield from _compression_contradictions(config)
+
+
+def _source_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    source, preprocess = config.source, config.preprocess
+    if isinstance(source, IdxSource) and (source.test_images is None) != (source.test_labels is None):
+        given, absent = ("images", "labels") if source.test_images else ("labels", "images")
+        yield (
+            ("source", f"test_{given}"),
+            f"source.test_{given} must come with source.test_{absent}, got it alone; give both or neither.",
+        )
+    if isinstance(source, LineSource) and config.task == "classification":
+        yield ("task",), "task must be regression or auto for source kind line, got classification; leave it out."
+    named = {("preprocess", "splits", "group"): [preprocess.splits.group] if preprocess.splits.group else []}
+    named |= {("preprocess", "columns", name): [name] for name in preprocess.columns}
+    for path, columns in named.items():
+        yield from _unknown_columns(config, path, columns)
+    if isinstance(source, CsvSource) and source.columns is not None:
+        yield from _unknown_columns(config, ("source", "label"), [source.label])
+
+
+def _unknown_columns(config: Config, path: KeyPath, names: Sequence[str]) -> Iterator[tuple[KeyPath, str]]:
+    """Columns that a table cannot have; a header line is read later, by `plan`."""
+    for name in names:
+        if not isinstance(config.source, CsvSource):
+            kind = config.source.kind
+            yield path, f"{dotted(path)} must have a source of kind csv, got '{name}' for kind {kind}; leave it out."
+        elif config.source.columns is not None and name not in config.source.columns:
+            near = difflib.get_close_matches(name, config.source.columns, n=1)
+            step = f"did you mean '{near[0]}'?" if near else f"use one of {', '.join(config.source.columns)}."
+            yield path, f"{dotted(path)} must be one of source.columns, got {shown(name)}; {step}"
+
+
+def _training_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    train, builder = config.train, config.model.builder
+    if builder is not None and not re.fullmatch(r"[^:]+:[A-Za-z_]\w*", builder):
+        yield (
+            ("model", "builder"),
+            f"model.builder must be 'package.module:function' or 'file.py:function', got {shown(builder)}; "
+            "put a colon before the function's name.",
+        )
+    if train.optimizer.momentum and train.optimizer.name != "sgd":
+        yield (
+            ("train", "optimizer", "momentum"),
+            f"train.optimizer.momentum is for sgd only, got {train.optimizer.momentum:g} with "
+            f"{train.optimizer.name}; leave it out.",
+        )
+    if train.optimizer.warmup_epochs >= train.epochs:
+        yield (
+            ("train", "optimizer", "warmup_epochs"),
+            f"train.optimizer.warmup_epochs must be below train.epochs={train.epochs}, got "
+            f"{train.optimizer.warmup_epochs:g}; lower it.",
+        )
+    if train.early_stopping is not None and not config.preprocess.splits.validation:
+        yield (
+            ("train", "early_stopping"),
+            "train.early_stopping must have a validation split, got preprocess.splits.validation=0; give it a share, "
+            "for instance 0.1.",
+        )
+
+
+def _compression_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    prune = config.compress.prune
+    if prune.begin >= prune.end:
+        yield (
+            ("compress", "prune", "begin"),
+            f"compress.prune.begin must be below compress.prune.end={prune.end:g}, got {prune.begin:g}; lower it.",
+        )
+    for index, text in enumerate(config.compress.recipes):
+        path = ("compress", "recipes", index)
+        try:
+            recipe = parse_recipe(text, sparsity=prune.sparsity, clusters=config.compress.cluster.clusters)
+        except ConfigError as error:
+            yield path, str(error)
+        else:
+            yield from ((path, f"compress.recipes '{text}': {rule}") for rule in _impossible(recipe, config))
+
+
+def _impossible(recipe: Recipe, config: Config) -> Iterator[str]:
+    """What keeps a well-written recipe from being carried out under this configuration."""
+    prune = config.compress.prune
+    for step in recipe.steps:
+        starts = prune.initial_sparsity
+        if step.name == "prune" and prune.schedule == "polynomial" and step.strength and starts >= step.strength:
+            yield (
+                f"the sparsity must be above compress.prune.initial_sparsity={starts:g}, got {step.strength:g}; "
+                "lower initial_sparsity."
+            )
+    quantized = bool(recipe.steps) and recipe.steps[-1].name == "qat"
+    if recipe.format == "int8" and not quantized and not config.preprocess.splits.calibration:
+        yield (
+            "int8 must have calibration rows to find its ranges, got preprocess.splits.calibration=0; give it a "
+            "share, for instance 0.05."
+        )
