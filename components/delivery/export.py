@@ -208,7 +208,7 @@ def _write_face(
     if format == "int8" and proof.float_operators:
         names = ", ".join(proof.float_operators)
         trace.warn(
-            f"{recipe}: {names} have no int8 kernel and run in float inside the int8 file; expect it to be slower."
+            f"{recipe}: operators without an int8 kernel run in float inside the file, expect it to be slower: {names}."
         )
     trace.scalar("export/bytes", proof.bytes)
     trace.scalar("export/gzip_bytes", proof.gzip_bytes)

@@ -24,7 +24,7 @@ from components.errors import ContractError, DataError
 from components.options import MeasureOptions
 from components.tracing import Trace
 
-Read = Callable[[str], tuple[np.ndarray, np.ndarray]]
+Rows = Callable[[], tuple[np.ndarray, np.ndarray]]
 # More classes than this cannot be told apart in the picture of a confusion matrix.
 CONFUSION_LIMIT = 100
 REASONS = 3  # broken promises spelt out in `reason`; proof.json has them all
@@ -32,7 +32,8 @@ REASONS = 3  # broken promises spelt out in `reason`; proof.json has them all
 
 def measure(
     file: TFLiteFile,
-    read: Read,
+    test: Rows,
+    validation: Rows,
     spec: DataSpec,
     options: MeasureOptions,
     folder: pathlib.Path,
@@ -43,8 +44,9 @@ def measure(
 
     Args:
       file: As `export` left it.
-      read: split -> (inputs float32 (n, *spec.input_shape), labels int32 (n,) or float32 (n,)), in file order. Called
-        with 'validation' and 'test'; an empty validation split leaves its figures out.
+      test: () -> (inputs float32 (n, *spec.input_shape), labels int32 (n,) or float32 (n,)) of the whole test split, in
+        file order.
+      validation: The same of the validation split; no rows leave its figures out.
       spec: What inputs and labels are.
       options: The latency protocol.
       folder: Exists; an earlier attempt is overwritten.
@@ -62,9 +64,9 @@ def measure(
     proof = read_proof(file.file)
     broken = check(proof, _promises(facts), facts["format"])
     trace.progress(0, 3, "validation split")
-    validation = _evaluate(file.file, *read("validation"), spec)
+    on_validation = _evaluate(file.file, *validation(), spec)
     trace.progress(1, 3, "test split")
-    inputs, labels = read("test")
+    inputs, labels = test()
     if len(inputs) == 0:
         raise DataError("measure: the test split holds 0 rows; raise data.splits.test or name test files.")
     outputs = predict(file.file, inputs)
@@ -80,7 +82,7 @@ def measure(
         "metric_name": metric_name(spec),
         "metric": metric(outputs, labels, spec),
         "metric_drop": None,
-        "validation_metric": validation,
+        "validation_metric": on_validation,
         "validation_drop": None,
         "bytes": proof.bytes,
         "gzip_bytes": proof.gzip_bytes,
@@ -262,7 +264,7 @@ def _trace(
     if variant["validation_metric"] is not None:
         results[f"measure/validation_{variant['metric_name']}"] = variant["validation_metric"]
     trace.hparams({"recipe": variant["recipe"], "format": variant["format"]}, results)
-    for number, kernel in enumerate(proof.kernels):
+    for number, kernel in enumerate(proof.weights):
         trace.scalar("measure/sparsity_by_kernel", kernel.sparsity, step=number)
         trace.scalar("measure/distinct_by_kernel", kernel.distinct_per_channel, step=number)
     if variant["reason"]:

@@ -106,7 +106,7 @@ class Proof:
       custom: Other custom operators.
       input_dtype: Type of the first input, as 'float32'.
       output_dtype: Type of the first output.
-      kernels: Every kernel, in the order in which the operators run.
+      weights: Every kernel, in the order in which the operators run.
     """
 
     bytes: int
@@ -122,20 +122,20 @@ class Proof:
     custom: tuple[str, ...]
     input_dtype: str
     output_dtype: str
-    kernels: tuple[Kernel, ...]
+    weights: tuple[Kernel, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON-able values."""
         value = dataclasses.asdict(self)
-        for key in ("float_operators", "flex", "custom", "kernels"):
+        for key in ("float_operators", "flex", "custom", "weights"):
             value[key] = list(value[key])
-        for kernel in value["kernels"]:
+        for kernel in value["weights"]:
             kernel["shape"] = list(kernel["shape"])
         return value
 
     def summary(self) -> dict[str, Any]:
         """The entry `proof` of `results.json`: totals, without the kernels and what stands beside it there."""
-        elsewhere = ("bytes", "gzip_bytes", "parameters", "kernels")
+        elsewhere = ("bytes", "gzip_bytes", "parameters", "weights")
         return {key: value for key, value in self.to_json().items() if key not in elsewhere}
 
 
@@ -190,7 +190,7 @@ def _prove(content: bytes) -> Proof:
         custom=tuple(name[7:] for name in custom if not name.startswith("CUSTOM:Flex")),
         input_dtype=first.dtype(first.graph.inputs[0]),
         output_dtype=first.dtype(first.graph.outputs[0]),
-        kernels=tuple(kernels),
+        weights=tuple(kernels),
     )
 
 
@@ -350,7 +350,7 @@ def check(proof: Proof, promises: Sequence[Promise], format: str) -> list[str]:
     broken = [f"operator {name} needs the TensorFlow runtime (Flex)" for name in proof.flex]
     broken += [f"operator {name} is not built in" for name in proof.custom]
     broken += _check_format(proof, format)
-    for promise, kernel in match(proof.kernels, promises):
+    for promise, kernel in match(proof.weights, promises):
         if kernel is None:
             broken.append(f"layer '{promise.layer}': no {promise.kind} kernel of shape {promise.shape} in the file")
         else:
@@ -363,10 +363,10 @@ def _check_format(proof: Proof, format: str) -> list[str]:
     if wanted is not None:
         return [
             f"tensor '{_short(kernel)}' is {kernel.dtype}, {format} was promised"
-            for kernel in proof.kernels
+            for kernel in proof.weights
             if kernel.dtype not in wanted
         ]
-    large = [kernel for kernel in proof.kernels if kernel.size >= DYNAMIC_MINIMUM]
+    large = [kernel for kernel in proof.weights if kernel.size >= DYNAMIC_MINIMUM]
     if format == "dynamic" and large and not any(kernel.dtype in INTEGER_KERNELS for kernel in large):
         return [f"tensor '{_short(large[0])}' and all other kernels are {large[0].dtype}, int8 was promised"]
     return []

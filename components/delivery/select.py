@@ -97,7 +97,7 @@ def remarks(variants: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     base = reference["latency_ms"]["p50"]
     return [
-        f"{variant['recipe']} takes {variant['latency_ms']['p50']:.3f} ms, float32 {base:.3f} ms on {variant['latency_ms']['cpu']}: "
+        f"{variant['recipe']} takes {variant['latency_ms']['p50']:.3g} ms, float32 {base:.3g} ms on {variant['latency_ms']['cpu']}: "
         "integer kernels are not faster on every CPU, so measure on the target before choosing it for speed."
         for variant in variants
         if variant["status"] == "ok"
@@ -151,8 +151,8 @@ def _score(variant: Mapping[str, Any]) -> float:
 def _order(variant: Mapping[str, Any], options: SelectOptions) -> tuple[float, float, int, str]:
     size = _size(variant, options)
     score = _score(variant)
-    goal = {"size": size, "latency": (variant["latency_ms"] or {}).get("p50"), "metric": score}[options.objective]
-    return (goal, score, size, variant["recipe"])
+    goal = {"size": size, "latency": variant["latency_ms"]["p50"], "metric": score}[options.objective]
+    return (float(goal), score, size, str(variant["recipe"]))
 
 
 def _excess(variant: Mapping[str, Any], options: SelectOptions) -> dict[str, tuple[float | None, float]]:
@@ -160,7 +160,7 @@ def _excess(variant: Mapping[str, Any], options: SelectOptions) -> dict[str, tup
     found = {
         "max_metric_drop": (deciding_drop(variant), options.max_metric_drop),
         "max_bytes": (_size(variant, options), options.max_bytes),
-        "max_latency_ms": ((variant["latency_ms"] or {}).get("p50"), options.max_latency_ms),
+        "max_latency_ms": (variant["latency_ms"]["p50"], options.max_latency_ms),
     }
     return {name: (value, limit) for name, (value, limit) in found.items() if limit is not None}
 
@@ -177,7 +177,7 @@ def _miss(variant: Mapping[str, Any], options: SelectOptions) -> str:
 
 
 def _number(constraint: str, value: float) -> str:
-    return {"max_metric_drop": f"{value:.4f}", "max_bytes": f"{value:,.0f}", "max_latency_ms": f"{value:.3f}"}[
+    return {"max_metric_drop": f"{value:.4f}", "max_bytes": f"{value:,.0f}", "max_latency_ms": f"{value:.3g}"}[
         constraint
     ]
 
@@ -188,7 +188,7 @@ def _because(
     best = eligible[0]
     goal = {
         "size": f"{options.size} {_size(best, options):,} bytes, the smallest",
-        "latency": f"{(best['latency_ms'] or {}).get('p50', 0):.3f} ms median, the fastest",
+        "latency": f"{best['latency_ms']['p50']:.3g} ms median, the fastest",
         "metric": f"{best.get('metric_name', 'metric')} {abs(_score(best)):.4f} on {_split(best)}, the best",
     }[options.objective]
     rules = []
@@ -197,7 +197,7 @@ def _because(
     if options.max_bytes is not None:
         rules.append(f"have at most {options.max_bytes:,} {options.size} bytes")
     if options.max_latency_ms is not None:
-        rules.append(f"take at most {options.max_latency_ms:.3f} ms")
+        rules.append(f"take at most {options.max_latency_ms:g} ms")
     lost = deciding_drop(best)
     tail = "" if lost is None else f"; lost {lost:.4f} on {_split(best)}"
     among = f" that {' and '.join(rules)}" if rules else ""
