@@ -116,10 +116,11 @@ def _carry_out(
             _link(place, partial / "tensorboard")
             log.info("%s starts in %s", step.name, partial)
             trace = Trace(partial / "tensorboard", screen.progress, screen.warn)
-            seconds = {each.name: store.seconds(each.key) for each in plan.steps if each.name in done}
+            seconds = {each.name: store.seconds(plan.key(each, failures)) for each in plan.steps if each.name in done}
             with trace:
+                taken = {name: done[name] for name in step.takes if name in done}
                 step.stage.run(
-                    Call(plan.config, partial, _taken(step, done), step.recipe, dict(failures), seconds, trace)
+                    Call(step.name, plan.config, partial, taken, step.recipe, dict(failures), seconds, trace)
                 )
             gc.collect()
 
@@ -127,10 +128,6 @@ def _carry_out(
             store.build(key, work, resumes=step.stage.resumes, waiting=lambda: screen.waiting(step.name))
     _link(place, store.folder(key) / "tensorboard")
     return store.folder(key)
-
-
-def _taken(step: Step, done: dict[str, pathlib.Path]) -> dict[str, pathlib.Path]:
-    return {name: done[name] for name in step.takes if name in done}
 
 
 def scope(step: Step) -> str:

@@ -38,6 +38,7 @@ class Call:
     """All that a stage's function gets.
 
     Attributes:
+      name: The step's name in the plan: 'train', 'export int8', ...
       config: The whole configuration; a function reads only what its row's `options` names.
       folder: Where the artifact is built; may hold what a killed attempt left.
       takes: Finished artifacts, by step name ('train', 'compress prune@0.8', ...).
@@ -47,6 +48,7 @@ class Call:
       trace: Where numbers, progress and warnings go.
     """
 
+    name: str
     config: Config
     folder: pathlib.Path
     takes: dict[str, pathlib.Path]

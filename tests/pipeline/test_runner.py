@@ -1,0 +1,134 @@
+"""The walk: cached or called, one failed recipe among good ones, force and until. The stages' own work is left out here;
+tests/test_journey.py walks with the real ones."""
+
+import dataclasses
+import io
+
+import pytest
+import rich.console
+
+from components.artifacts import write_json
+from components.errors import ModelError
+from pipeline import plan as plan_module
+from pipeline.config import from_dict
+from pipeline.runner import run, scope
+from pipeline.screen import Screen
+from pipeline.stages import STAGES, Call
+
+CALLS: list[str] = []
+FAULTS: dict[str, Exception] = {}
+
+
+def work(call: Call) -> None:
+    """Stands in for every stage: notes that it was called and leaves what the runner publishes."""
+    name = call.name
+    CALLS.append(name)
+    if name in FAULTS:
+        raise FAULTS[name]
+    if name == "select":
+        write_json(call.folder / "results.json", {"selected": None, "variants": [], "failures": call.failures})
+    if name == "report":
+        (call.folder / "report.html").write_text("<p>")
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    CALLS.clear()
+    FAULTS.clear()
+    monkeypatch.setattr(plan_module, "STAGES", {n: dataclasses.replace(s, run=work) for n, s in STAGES.items()})
+    return from_dict(
+        {
+            "name": "t",
+            "workspace": str(tmp_path),
+            "source": {"kind": "digits"},
+            "model": {"name": "cnn"},
+            "compress": {"recipes": ["int8", "prune@0.5+int8"]},
+        }
+    )
+
+
+ALL = 2 + 1 + 3 + 3 + 3  # preprocess train, compress, export, measure, select bundle report
+
+
+def test_every_step_is_called_once_and_a_rerun_calls_nothing(config):
+    run(config)
+    assert len(CALLS) == ALL
+    CALLS.clear()
+    run(config)
+    assert CALLS == []
+
+
+def test_until_stops_and_the_next_run_goes_on_from_there(config):
+    run(config, until="train")
+    assert CALLS == ["preprocess", "train"]
+    run(config)
+    assert len(CALLS) == ALL
+
+
+def test_force_does_the_stage_again_with_all_that_depends_on_it(config):
+    run(config)
+    CALLS.clear()
+    run(config, force=["measure"])
+    assert [name for name in CALLS if name.startswith("measure")] == [
+        "measure float32", "measure int8", "measure prune@0.5+int8",
+    ]  # fmt: skip
+    assert "train" not in CALLS
+    assert "select" in CALLS
+
+
+def test_a_failed_recipe_is_recorded_with_its_reason_and_the_others_go_on(config):
+    FAULTS["export int8"] = ModelError("layer 'conv' cannot be written; use float32.")
+    results = run(config)
+    assert results.data["failures"] == {"int8": "layer 'conv' cannot be written; use float32."}
+    assert "measure int8" not in CALLS
+    assert "measure prune@0.5+int8" in CALLS
+
+
+def test_a_failed_prefix_fails_every_recipe_behind_it(config):
+    FAULTS["compress prune@0.5"] = ModelError("nothing to prune.")
+    results = run(config)
+    assert results.data["failures"] == {"prune@0.5+int8": "nothing to prune."}
+
+
+def test_an_unforeseen_fault_of_one_recipe_names_its_type_and_does_not_stop_the_run(config):
+    FAULTS["measure int8"] = RuntimeError("kernel missing\nmore")
+    results = run(config)
+    (reason,) = results.data["failures"].values()
+    assert reason == "measure int8: RuntimeError: kernel missing; the run's log has the traceback."
+
+
+def test_what_failed_is_tried_again_next_time_and_the_selection_is_another(config):
+    FAULTS["export int8"] = ModelError("once.")
+    run(config)
+    FAULTS.clear()
+    CALLS.clear()
+    results = run(config)
+    assert CALLS == ["export int8", "measure int8", "select", "bundle", "report"]
+    assert results.data["failures"] == {}
+
+
+def test_a_fault_of_the_base_training_ends_the_run(config):
+    FAULTS["train"] = ModelError("loss is not a number.")
+    with pytest.raises(ModelError, match="loss is not a number"):
+        run(config)
+
+
+def test_the_screen_tells_cached_from_done_and_names_what_failed(config):
+    FAULTS["export int8"] = ModelError("why.")
+    stream = io.StringIO()
+    run(config, until="export", screen=Screen(rich.console.Console(file=stream, width=120)))
+    run(config, until="export", screen=Screen(rich.console.Console(file=stream, width=120)))
+    text = stream.getvalue()
+    assert "done     train" in text
+    assert "cached   train" in text
+    assert text.count("FAILED   export int8: why.") == 2
+
+
+def test_tensorboard_names_sort_as_the_journey_goes_and_lead_to_the_artifact(config, tmp_path):
+    run(config)
+    plan = plan_module.make_plan(config)
+    names = [scope(step) for step in plan.steps]
+    assert names == sorted(names, key=lambda name: name.split("-")[0])
+    link = tmp_path / "t" / "tensorboard" / "2-train"
+    assert link.is_symlink()
+    assert link.resolve(strict=False) == plan.store.folder(plan.steps[1].key) / "tensorboard"
