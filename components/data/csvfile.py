@@ -107,9 +107,9 @@ def read_range(path: pathlib.Path, start: int, size: int) -> bytes:
             file.seek(start)
             return file.read(size)
     with _GZIP.lock:
-        file = _GZIP.get(path)
-        file.seek(start)
-        return file.read(size)
+        unpacked = _GZIP.get(path)
+        unpacked.seek(start)
+        return unpacked.read(size)
 
 
 # --- where records end -------------------------------------------------------------------------------------------
