@@ -51,10 +51,11 @@ def run(
     from pipeline.config import load_config
     from pipeline.results import Results
     from pipeline.runner import run as run_pipeline
+    from pipeline.runner import run_folder
 
     with _errors():
         loaded = load_config(config, overrides)
-        with _screen(pathlib.Path(loaded.workspace) / loaded.name / "run.log", show=not as_json) as screen:
+        with _screen(run_folder(loaded) / "run.log", show=not as_json) as screen:
             results: Results = run_pipeline(loaded, until=until, force=force, screen=screen)
         if until is not None and until != "report":
             return
@@ -72,10 +73,11 @@ def plan(config: ConfigPath, overrides: Sets = [], as_json: AsJson = False) -> N
     from pipeline import preflight, tables
     from pipeline.config import load_config
     from pipeline.plan import make_plan
+    from pipeline.runner import run_folder
 
     with _errors():
         loaded = load_config(config, overrides)
-        with _screen(pathlib.Path(loaded.workspace) / loaded.name / "plan.log", show=False):
+        with _screen(run_folder(loaded) / "plan.log", show=False):
             made = make_plan(loaded)
             findings = preflight.check(made)
         tables.show_plan(made, findings, as_json=as_json)
@@ -110,9 +112,9 @@ def inspect(file: Annotated[pathlib.Path, typer.Argument(help="A .tflite file.")
     from pipeline import tables
 
     with _errors():
+        _must_exist(file)
         from components.delivery.proof import read_proof
 
-        _must_exist(file)
         tables.show_proof(read_proof(file), as_json=as_json)
 
 
@@ -122,9 +124,9 @@ def verify(folder: Annotated[pathlib.Path, typer.Argument(help="A bundle folder.
     from pipeline import tables
 
     with _errors():
+        _must_exist(folder)
         from components.delivery.bundle import verify as verify_bundle
 
-        _must_exist(folder)
         tables.show_verification(verify_bundle(folder), as_json=as_json)
 
 
@@ -138,10 +140,10 @@ def predict(
     from pipeline import tables
 
     with _errors():
-        from components.delivery.bundle import predict as predict_bundle
-
         _must_exist(folder)
         _must_exist(source)
+        from components.delivery.bundle import predict as predict_bundle
+
         tables.show_predictions(predict_bundle(folder, source), as_json=as_json)
 
 
@@ -191,25 +193,15 @@ def _screen(log_file: pathlib.Path, *, show: bool) -> Iterator[Any]:
     from pipeline.screen import Screen
 
     terminal = sys.stdout.isatty()
-    try:
-        with quiet(log_file) as stream:
-            console = rich.console.Console(file=stream, force_terminal=terminal) if show else None
-            try:
-                yield Screen(console)
-            except (TrimlineError, KeyboardInterrupt):
-                raise
-            except Exception:
-                logging.getLogger("trimline").exception("unexpected")
-                raise
-    except OSError as error:
-        if error.filename is None or not str(error.filename).endswith(".log"):
+    with quiet(log_file) as stream:
+        console = rich.console.Console(file=stream, force_terminal=terminal) if show else None
+        try:
+            yield Screen(console)
+        except (TrimlineError, KeyboardInterrupt):
             raise
-        from components.errors import ConfigError
-
-        raise ConfigError(
-            f"workspace: a folder that can be written was expected, got '{error.strerror}' for {error.filename}; "
-            "choose another with --set workspace=FOLDER."
-        ) from error
+        except Exception:
+            logging.getLogger("trimline").exception("unexpected")
+            raise
 
 
 @contextlib.contextmanager

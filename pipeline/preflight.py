@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING
 
 from components.artifacts import DataSpec, PreparedData, read_json, write_json
-from components.errors import TrimlineError
+from components.errors import ConfigError, TrimlineError
 from pipeline.config import Config
 from pipeline.fingerprint import fingerprint
 from pipeline.plan import Plan, Step, recipes
 from pipeline.stages import Stage
 from pipeline.store import Key
+
+if TYPE_CHECKING:
+    from components.data.schema import Peek, Schema
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +41,23 @@ def check(plan: Plan) -> list[Finding]:
     return [*_check_source(plan), *_check_strategy(plan.config), *_check_model(plan)]
 
 
-def _check_source(plan: Plan) -> list[Finding]:
-    from components.data.source import peek
+def refuse(plan: Plan) -> None:
+    """The checks that take no time, as an error: what a run asks before its first step.
 
+    Raises:
+      ConfigError: The first finding, with a count of the others.
+    """
+    errors = [finding.text for finding in (*_check_source(plan), *_check_strategy(plan.config))]
+    if errors:
+        more = f" (and {len(errors) - 1} more: see 'trimline plan')" if len(errors) > 1 else ""
+        raise ConfigError(errors[0] + more)
+
+
+def _check_source(plan: Plan) -> list[Finding]:
     if plan.cached(plan.steps[0]):
         return []
     try:
-        peek(plan.config.source)
+        _look(plan.config)
     except TrimlineError as error:
         return [Finding("error", str(error))]
     return []
@@ -117,14 +130,19 @@ def rough_spec(plan: Plan) -> DataSpec | None:
     first: Step = plan.steps[0]
     if plan.cached(first):
         return PreparedData(plan.store.folder(first.key)).spec
-    from components.data.source import peek
+    from components.data import schema
 
     try:
-        seen: Any = peek(plan.config.source)
+        return schema.rough_spec(*_look(plan.config))
     except TrimlineError:
-        return None
-    return _spec_from_peek(plan.config, seen)
+        return None  # said by the check of the source
 
 
-def _spec_from_peek(config: Config, seen: Any) -> DataSpec | None:
-    raise NotImplementedError
+def _look(config: Config) -> tuple[Peek, Schema]:
+    """A first look at the source, and what its columns are taken for."""
+    from components.data import schema
+    from components.data.source import peek
+
+    seen = peek(config.source)
+    task = None if config.task == "auto" else config.task
+    return seen, schema.infer(seen, config.source, config.preprocess, task)

@@ -6,10 +6,12 @@ import gc
 import logging
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterable
 
-from components.errors import TrimlineError
+from components.errors import ConfigError, TrimlineError
 from components.tracing import Trace
+from pipeline import preflight
 from pipeline.config import Config, load_config
 from pipeline.plan import Plan, Step, check_stages, make_plan
 from pipeline.results import FILE, Results
@@ -51,8 +53,8 @@ def run(
     plan = make_plan(config, until=until)
     for step in list(plan.after(force)):
         plan.store.remove(step.key)
-    folder = pathlib.Path(config.workspace) / config.name
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = run_folder(config)
+    preflight.refuse(plan)
     done = _walk(plan, folder, screen)
     results = Results(folder)
     if "report" in done:
@@ -61,6 +63,25 @@ def run(
         if results.selected:
             publish(done["bundle"], folder / "bundle")
     return results
+
+
+def run_folder(config: Config) -> pathlib.Path:
+    """The run's own folder in the workspace, made where it was not.
+
+    Raises:
+      ConfigError: The workspace cannot be written.
+    """
+    folder = pathlib.Path(config.workspace) / config.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"workspace: a folder that can be written was expected, got '{error.strerror}' for {error.filename or folder}; "
+            "choose another with --set workspace=FOLDER."
+        ) from error
+    return folder
 
 
 def _walk(plan: Plan, folder: pathlib.Path, screen: Screen) -> dict[str, pathlib.Path]:
