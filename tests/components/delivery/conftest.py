@@ -1,0 +1,159 @@
+"""Prepared data, a model and its file, small enough to make for every module: a table, pictures, rows of numbers."""
+
+import dataclasses
+import pathlib
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from components.artifacts import Batches, PreparedData, TFLiteFile
+from components.data.blocks import read_blocks
+from components.data.preprocess import preprocess
+from components.data.transform import Transform
+from components.delivery.bundle import bundle
+from components.delivery.export import export
+from components.delivery.measure import measure
+from components.options import (
+    ArraysSource,
+    BundleOptions,
+    ColumnOptions,
+    CsvSource,
+    DigitsSource,
+    ExportOptions,
+    MeasureOptions,
+    PreprocessOptions,
+)
+from components.tracing import Trace
+
+ROWS = 240
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What a bundle is made from."""
+
+    data: PreparedData
+    model: keras.Model
+    file: TFLiteFile
+    variant: dict
+    source: pathlib.Path | None
+
+    @property
+    def batches(self) -> Batches:
+        return ordered_batches(self.data)
+
+    def keras_outputs(self, inputs):
+        return self.model(inputs, training=False).numpy()
+
+    def bundle(self, folder, *, golden=5, trace=None, **changed):
+        folder.mkdir(exist_ok=True)
+        given = {"variant": self.variant, "file": self.file, "data": self.data, "options": BundleOptions(golden=golden)}
+        said = {
+            "run": "toy",
+            "selected_because": "smallest of 2",
+            "keras_outputs": self.keras_outputs,
+            "batches": self.batches,
+        }
+        given |= {key: changed.pop(key) for key in list(changed) if key in given}
+        return bundle(*given.values(), folder, **(said | changed), trace=trace or Trace())
+
+
+def rows_of(data, split):
+    """(inputs, labels) as blocks hold them."""
+    transform = Transform.from_json(data.transform)
+    blocks = [block for path in data.files(split) for block in read_blocks(path)]
+    inputs = [transform.to_inputs({k: v for k, v in block.items() if k != "label"}) for block in blocks]
+    return np.concatenate(inputs), np.concatenate([block["label"] for block in blocks])
+
+
+def ordered_batches(data):
+    def ordered(split, batch_size):
+        return tf.data.Dataset.from_tensor_slices(rows_of(data, split)).batch(batch_size)
+
+    return Batches(spec=data.spec, training=lambda *_: None, ordered=ordered, rows={})
+
+
+def make(folder, source, options, format, task, path=None):
+    """Everything up to a measured file, from a source."""
+    folder.mkdir(parents=True)
+    places = [folder / name for name in ("data", "exported", "measured")]
+    for place in places:
+        place.mkdir()
+    data = preprocess(source, options, places[0], task=task, seed=0, golden=8, trace=Trace())
+    keras.utils.set_random_seed(3)
+    spec = data.spec
+    model = keras.Sequential(
+        [
+            keras.Input(spec.input_shape),
+            keras.layers.Flatten(),
+            keras.layers.Dense(16, activation="relu"),
+            keras.layers.Dense(spec.outputs),
+        ]
+    )
+    calibration = rows_of(data, "calibration")[0]
+    file = export(format, format, model, spec, "logits", ExportOptions(), calibration, places[1], seed=0, trace=Trace())
+    measured = measure(
+        file,
+        lambda: rows_of(data, "test"),
+        lambda: rows_of(data, "validation"),
+        spec,
+        MeasureOptions(runs=5, warmup=1),
+        places[2],
+        trace=Trace(),
+    )
+    variant = {**measured.variant, "metric_drop": 0.0, "validation_drop": 0.0}
+    return Made(data, model, file, variant, path)
+
+
+def write_csv(path):
+    """ages standardised, income bucketised, job a category; missing cells, blanks, commas within quotes."""
+    random = np.random.default_rng(0)
+    lines = ["age,job,income,note,class"]
+    for row in range(ROWS):
+        age = "?" if row % 17 == 0 else f" {random.integers(18, 80)}"
+        job = ["cook", "clerk", '"smith, black"', "?"][random.integers(4)]
+        lines.append(f"{age},{job},{random.normal(30, 9):.2f},x{row},{'rich' if row % 3 else 'poor'}")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def table(folder, format="float32"):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "people.csv"
+    write_csv(path)
+    columns = {
+        "note": ColumnOptions(kind="ignore"),
+        "income": ColumnOptions(rule="bucketise", buckets=4),
+        "job": ColumnOptions(kind="category"),
+    }
+    source = CsvSource(kind="csv", train=[str(path)], label="class")
+    return make(folder / "made", source, PreprocessOptions(columns=columns), format, "classification", path)
+
+
+def digits(folder, format="int8"):
+    return make(folder / "made", DigitsSource(), PreprocessOptions(), format, "classification")
+
+
+def values(folder, format="float32"):
+    folder.mkdir(parents=True, exist_ok=True)
+    x = np.random.default_rng(1).normal(5, 2, (ROWS, 3)).astype(np.float32)
+    path = folder / "rows.npz"
+    np.savez(path, x=x, y=(2 * x[:, 0] + 1).astype(np.float32))
+    return make(
+        folder / "made", ArraysSource(kind="arrays", train=str(path)), PreprocessOptions(), format, "regression", path
+    )
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """kind -> Made, each made once a session."""
+    makers = {"table": table, "digits": digits, "values": values}
+    kept = {}
+
+    def get(kind):
+        if kind not in kept:
+            kept[kind] = makers[kind](tmp_path_factory.mktemp(kind))
+        return kept[kind]
+
+    return get
