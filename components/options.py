@@ -36,7 +36,7 @@ class ArraysSource(Options):
 
     kind: Literal["arrays"]
     train: str
-    test: str | None = Field(None, description="None: the test split is drawn from `train` by hash.")
+    test: str | None = Field(None, description="null: the test split is drawn from `train` by hash.")
 
 
 class IdxSource(Options):
@@ -54,7 +54,7 @@ class CsvSource(Options):
 
     kind: Literal["csv"]
     train: list[str] = Field(min_length=1, description="Files of one layout.")
-    test: list[str] | None = Field(None, description="None: the test split is drawn from `train` by hash.")
+    test: list[str] | None = Field(None, description="null: the test split is drawn from `train` by hash.")
     label: str = Field(description="Column to predict.")
     columns: list[str] | None = Field(None, description="Names, where the files have no header line.")
     delimiter: str = Field(",", min_length=1, max_length=1)
@@ -68,7 +68,7 @@ class ImagesSource(Options):
 
     kind: Literal["images"]
     train: str
-    test: str | None = Field(None, description="None: the test split is drawn from `train` by hash.")
+    test: str | None = Field(None, description="null: the test split is drawn from `train` by hash.")
 
 
 class LineSource(Options):
@@ -132,8 +132,8 @@ class PreprocessOptions(Options):
     split_bytes: int = Field(8 << 20, ge=1 << 10, description="Size of one split descriptor.")
     block_rows: int = Field(1024, ge=1, le=4096, description="Rows of one TFRecord record.")
     max_bad_fraction: Fraction = Field(0.01, description="More malformed rows than this share stop the run.")
-    image_size: tuple[Count, Count] | None = Field(None, description="(height, width); None: the first picture's.")
-    image_channels: Literal[1, 3] | None = Field(None, description="None: as the source has them.")
+    image_size: tuple[Count, Count] | None = Field(None, description="(height, width); null: the first picture's.")
+    image_channels: Literal[1, 3] | None = Field(None, description="null: as the source has them.")
     columns: dict[str, ColumnOptions] = Field({}, description="By column name; others follow `auto`.")
     select: FeatureSelection | None = None
     splits: SplitOptions = SplitOptions()
@@ -196,7 +196,7 @@ class StrategyOptions(Options):
     """Where the training runs; see `pipeline/strategy.py`."""
 
     name: Literal["default", "mirrored", "multi_worker", "tpu"] = "default"
-    devices: Count | None = Field(None, description="mirrored: how many; None takes all.")
+    devices: Count | None = Field(None, description="mirrored: how many; null takes all.")
 
 
 class TrainOptions(Options):
@@ -267,7 +267,7 @@ class CompressOptions(Options):
         "Steps: prune[@sparsity], cluster[@clusters], qat. Last, how it is written: "
         "float32, float16, dynamic, int8.",
     )
-    batch_size: Count | None = Field(None, description="None: as in train.")
+    batch_size: Count | None = Field(None, description="null: as in train.")
     prune: PruneOptions = PruneOptions()
     cluster: ClusterOptions = ClusterOptions()
     qat: QatOptions = QatOptions()
@@ -280,7 +280,7 @@ class ExportOptions(Options):
     """Keras to TFLite."""
 
     calibration_examples: Count | None = Field(
-        None, description="int8 only; None: the whole calibration split, 512 at most."
+        None, description="int8 only; null: the whole calibration split, 512 at most."
     )
     io: Literal["int8", "float32"] = Field("float32", description="Input and output dtype of integer files.")
 

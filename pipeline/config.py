@@ -145,7 +145,7 @@ def _read(source: str | os.PathLike[str]) -> tuple[Any, Origin]:
     if isinstance(source, str) and source in templates():
         where, base, text = f"template {source}", pathlib.Path.cwd(), template_text(source)
     else:
-        where, base, text = str(source), file.absolute().parent, _file_text(file)
+        where, base, text = _printable(str(source)), file.absolute().parent, _file_text(file)
     data, lines = yaml_text.read(text, where)
     if not isinstance(data, dict):
         raise ConfigError(
@@ -167,7 +167,14 @@ def _file_text(file: pathlib.Path) -> str:
         meant = f"did you mean the template '{near[0]}'?" if near else f"templates are {', '.join(templates())}."
         raise ConfigError(f"{shown(str(file))}: there is no such file or template; {meant}") from None
     except OSError as error:
-        raise ConfigError(f"{file}: must be a readable file, got '{error.strerror}'; check the path.") from None
+        raise ConfigError(
+            f"{_printable(str(file))}: must be a readable file, got '{error.strerror}'; check the path."
+        ) from None
+
+
+def _printable(text: str) -> str:
+    """`text`, in quotes where it would break the line of an error or the terminal."""
+    return text if text.isprintable() else ascii(text)
 
 
 def _values(source: Mapping[str, Any]) -> tuple[Any, Origin]:
@@ -201,7 +208,7 @@ def _plain(value: Any, path: KeyPath) -> Any:
 
 def _override(data: dict[str, Any], origin: Origin, override: str) -> None:
     """Puts `a.b=c` into `data`; whether the configuration has such a key is checked with all the rest."""
-    place = f"--set {override}"
+    place = f"--set {_printable(override)}"
     key, equals, text = override.partition("=")
     path = tuple(part.strip() for part in key.split("."))
     if not equals or not all(path):

@@ -86,6 +86,9 @@ def _explain(error: Mapping[str, Any], data: Any, schema: Schema) -> tuple[KeyPa
             kind = node["discriminator"]["propertyName"]
             path, node = (*path, kind), {"enum": list(node["discriminator"]["mapping"])}
             value = _look_up(data, path)
+        case "missing":  # a list that is too short: pydantic names the first place that is empty
+            path, node = path[:-1], around
+            value = _look_up(data, path)
     return (
         path,
         f"{dotted(path) or 'the configuration'} must be {describe(node)}, got {shown(value)}; {_next(node, value)}.",

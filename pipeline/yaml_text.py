@@ -41,6 +41,12 @@ class _Dumper(yaml.SafeDumper):
     """Quotes text that either schema would take for something else."""
 
 
+def _represent_text(dumper: _Dumper, text: str) -> Any:
+    # Only this style escapes: in others PyYAML folds exotic line ends (U+0085, U+2028) into spaces.
+    return dumper.represent_scalar(_TAG + "str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
 for _name, _pattern, _first in _CORE:
     for _kind in (_Loader, _Dumper):
         _kind.add_implicit_resolver(_TAG + _name, re.compile(f"(?:{_pattern})\\Z"), _first)

@@ -1,0 +1,503 @@
+"""What is written is what is checked; whatever is wrong is one line with place, rule, value and next step."""
+
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable
+
+import jsonschema
+import numpy as np
+import pydantic
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from components.errors import ConfigError
+from components.options import CsvSource, DigitsSource, LineSource, ModelOptions
+from pipeline import config, reference, yaml_text
+from pipeline.config import dump, from_dict, json_schema, load_config, template_text, templates
+
+BASE = "name: mine\nsource: {kind: csv, train: [rows.csv], label: y}\nmodel: {name: mlp}\n"
+DIGITS = {"name": "mine", "source": {"kind": "digits"}, "model": {"name": "mlp"}}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> pathlib.Path:
+    """An empty current folder with one table."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.csv").write_text("y,a\n1,2\n")
+    return tmp_path
+
+
+def refusal(text: str | bytes, *overrides: str) -> str:
+    """The error of `my.yaml` in the current folder."""
+    pathlib.Path("my.yaml").write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(ConfigError) as refused:
+        load_config("my.yaml", overrides)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+# --- what is right -----------------------------------------------------------------------------------------------
+
+
+def test_a_short_file_is_enough_and_everything_else_has_a_default(here):
+    (here / "my.yaml").write_text(BASE)
+    loaded = load_config("my.yaml")
+    assert (loaded.seed, loaded.task, loaded.workspace) == (0, "auto", "workspace")
+    assert loaded.train.batch_size == 64
+    assert loaded.source == CsvSource(kind="csv", train=[str(here / "rows.csv")], label="y")
+
+
+def test_a_relative_path_starts_at_the_folder_of_the_file_that_holds_it(here, monkeypatch):
+    (here / "project").mkdir()
+    (here / "project" / "my.yaml").write_text(
+        "name: mine\nsource: {kind: csv, train: [../rows.csv], label: y}\nmodel: {builder: 'model.py:build'}\n"
+    )
+    (here / "project" / "model.py").touch()
+    loaded = load_config(pathlib.Path("project/my.yaml"))
+    assert loaded.source.train == [str(here / "project" / ".." / "rows.csv")]
+    assert loaded.model.builder == f"{here}/project/model.py:build"
+    overridden = load_config("project/my.yaml", ["source.train=[rows.csv]"])
+    assert overridden.source.train == [str(here / "rows.csv")]
+    assert loaded.workspace == "workspace"  # where the command is given, not where the file lies
+
+
+def test_a_builder_by_its_import_path_and_an_absolute_path_stay_as_they_are(here):
+    loaded = from_dict({**DIGITS, "model": {"builder": "package.module:build"}})
+    assert loaded.model.builder == "package.module:build"
+    assert load_config({**DIGITS, "workspace": "/w"}).workspace == "/w"
+
+
+def test_a_path_takes_environment_variables_and_the_home_folder(here, monkeypatch):
+    monkeypatch.setenv("ROWS", str(here))
+    monkeypatch.setenv("HOME", str(here))
+    (here / "my.yaml").write_text(BASE.replace("[rows.csv]", "['${ROWS}/rows.csv', ~/rows.csv]"))
+    assert load_config("my.yaml").source.train == [str(here / "rows.csv")] * 2
+
+
+def test_numbers_and_words_are_those_of_yaml_1_2(here):
+    text = "a: 1e-3\nb: yes\nc: 010\nd: 0x10\ne: 1:30\nf: ~\ng: .5\nh: 'true'\nno: on\n1: 2\n"
+    values, lines = yaml_text.read(text, "my.yaml")
+    expected = {
+        "a": 1e-3,
+        "b": "yes",
+        "c": 10,
+        "d": 16,
+        "e": "1:30",
+        "f": None,
+        "g": 0.5,
+        "h": "true",
+        "no": "on",
+        "1": 2,
+    }
+    assert values == expected
+    assert lines[("no",)] == 9
+
+
+def test_an_override_sets_one_value_in_yaml(here):
+    (here / "my.yaml").write_text(BASE + "train: {epochs: 7}\n")
+    sets = ["train.optimizer.learning_rate=1e-2", "compress.recipes=[int8, prune@0.5+qat]", "model.options.units=[8]"]
+    loaded = load_config("my.yaml", [*sets, "preprocess.columns.a.kind=number", "select.max_metric_drop="])
+    assert loaded.train.optimizer.learning_rate == 0.01
+    assert loaded.train.epochs == 7
+    assert loaded.compress.recipes == ["int8", "prune@0.5+qat"]
+    assert loaded.model.options == {"units": [8]}
+    assert loaded.preprocess.columns["a"].kind == "number"
+    assert loaded.select.max_metric_drop is None
+
+
+def test_python_values_are_taken_as_they_come(here):
+    loaded = from_dict(
+        {
+            "name": "mine",
+            "source": DigitsSource(),
+            "model": ModelOptions(name="mlp", options={"units": [8]}),
+            "preprocess": {"image_size": (4, 5)},
+            "train": {"epochs": np.int64(3), "optimizer": {"learning_rate": np.float32(0.5)}},
+            "workspace": here / "work",
+        }
+    )
+    assert loaded.preprocess.image_size == (4, 5)
+    assert (loaded.train.epochs, loaded.train.optimizer.learning_rate) == (3, 0.5)
+    assert loaded.workspace == str(here / "work")
+    assert loaded.model.options == {"units": [8]}
+
+
+def test_the_caller_s_values_are_left_alone(here):
+    values = {**DIGITS, "source": {"kind": "csv", "train": ["rows.csv"], "label": "y"}}
+    load_config(values, ["source.label=a", "name=other"])
+    assert values["name"] == "mine"
+    assert values["source"] == {"kind": "csv", "train": ["rows.csv"], "label": "y"}
+
+
+def test_an_integer_option_of_a_model_stays_an_integer(here):
+    options = from_dict({**DIGITS, "model": {"name": "mlp", "options": {"a": 1, "b": 1.0, "c": True, "d": "1"}}})
+    assert {key: type(value) for key, value in options.model.options.items()} == {
+        "a": int, "b": float, "c": bool, "d": str,
+    }  # fmt: skip
+
+
+# --- what is wrong -----------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "train: {epoch: 3}": "my.yaml:4: train.epoch is not a key of train, got 3; did you mean 'epochs'?",
+    "seeed: 1": "my.yaml:4: seeed is not a key of the configuration, got 1; did you mean 'seed'?",
+    "bundle: {xyz: 1}": "my.yaml:4: bundle.xyz is not a key of bundle, got 1; use one of golden.",
+    "train:\n  epochs: 0": "my.yaml:5: train.epochs must be a whole number of at least 1, got 0; leave it out for the "
+    "default, 20.",
+    "train:\n\n  # more\n  epochs: 3.0": "my.yaml:7: train.epochs must be a whole number of at least 1, got 3.0; leave it "
+    "out for the default, 20.",
+    "train: {batch_size: '5'}": "my.yaml:4: train.batch_size must be a whole number of at least 1, got '5'; leave it out "
+    "for the default, 64.",
+    "seed: true": "my.yaml:4: seed must be a whole number from 0 to 2147483647, got true; leave it out for the default, 0.",
+    "train: 5": "my.yaml:4: train must be a section of keys, got 5; leave it out for the default.",
+    "train:": "my.yaml:4: train must be a section of keys, got null; leave it out for the default.",
+    "select: {objective: siez}": "my.yaml:4: select.objective must be one of size, latency, metric, got 'siez'; write size.",
+    "preprocess: {image_channels: 2}": "my.yaml:4: preprocess.image_channels must be one of 1, 3, or null, got 2; leave it "
+    "out for the default, null.",
+    "preprocess: {image_size: [3]}": "my.yaml:4: preprocess.image_size must be a list of 2, each a whole number of at "
+    "least 1, or null, got [3]; leave it out for the default, null.",
+    "preprocess:\n  image_size:\n  - 3\n  - a": "my.yaml:7: preprocess.image_size[1] must be a whole number of at least 1, "
+    "got 'a'; 'trimline schema' lists every key and its range.",
+    "preprocess: {max_bad_fraction: 1}": "my.yaml:4: preprocess.max_bad_fraction must be a number of at least 0 and below "
+    "1, got 1; leave it out for the default, 0.01.",
+    "train: {optimizer: {learning_rate: 1e999}}": "my.yaml:4: train.optimizer.learning_rate must be a number above 0, got "
+    "inf; leave it out for the default, 0.001.",
+    "train: {augmentation: {flip: yes}}": "my.yaml:4: train.augmentation.flip must be true or false, got 'yes'; leave it "
+    "out for the default, false.",
+    "compress: {recipes: int8}": "my.yaml:4: compress.recipes must be a list of at least one, each text, got 'int8'; put it "
+    "in brackets: [int8].",
+    "compress:\n  recipes:\n  - int8\n  - prnue": "my.yaml:7: compress.recipes 'prnue': unknown step 'prnue'; use one of "
+    "prune, cluster, qat, float32, float16, dynamic, int8, strength after '@'.",
+    "preprocess:\n  splits: {test: 0.9, validation: 0.2}": "my.yaml:5: preprocess.splits: test + validation + calibration "
+    "must be below 1, got 1.15; lower one of them.",
+    "preprocess: {columns: {a b: {kind: nubmer}}}": "my.yaml:4: preprocess.columns.'a b'.kind must be one of auto, number, "
+    "category, ignore, got 'nubmer'; write number.",
+    "train: {batch_size: 0, label_smoothing: 2}\nseed: -1": "my.yaml:4: train.batch_size must be a whole number of at least "
+    "1, got 0; leave it out for the default, 64. (and 2 more)",
+    "name: again": "my.yaml:4: name must be given once, got it in line 1 too; remove one of them.",
+    "train: {epochs: 1, epochs: 2}": "my.yaml:4: train.epochs must be given once, got it in line 4 too; remove one of them.",
+    "task: &a auto\nseed: *a": "my.yaml:5: must be YAML, got a fault: aliases (*name) are not supported, write the value "
+    "out; check indentation, colons, brackets and quotes there.",
+    "task: !!python/name:os.system x": "my.yaml:4: must be plain YAML, got the tag "
+    "'tag:yaml.org,2002:python/name:os.system'; write the value without a tag.",
+    "\ttask: auto": "my.yaml:4: must be YAML, got a fault: found character '\\t' that cannot start any token; check "
+    "indentation, colons, brackets and quotes there.",
+    "? [a]\n: b": "my.yaml:4: a key must be one word, got a list or a section; put it in quotes.",
+    "task: " + "[" * 60 + "]" * 60: "my.yaml:4: must be nested at most 50 deep, got more; close the brackets.",
+    "task: " + "[" * 9000: "my.yaml: must be nested at most 50 deep, got more; close the brackets.",
+    "seed: " + "9" * 5000: f"my.yaml:4: must be a number of at most 4300 digits, got '{'9' * 56}...; correct it.",
+    'task: "\\ud800"': "my.yaml:4: must be text of whole characters, got '\\ud800'; correct it.",
+    "train: {optimizer: {momentum: 0.5}}": "my.yaml:4: train.optimizer.momentum is for sgd only, got 0.5 with adam; leave it "
+    "out.",
+    "train: {epochs: 2, optimizer: {warmup_epochs: 2}}": "my.yaml:4: train.optimizer.warmup_epochs must be below "
+    "train.epochs=2, got 2; lower it.",
+    "train: {early_stopping: {patience: 1}}\npreprocess: {splits: {validation: 0}}": "my.yaml:4: train.early_stopping must "
+    "have a validation split, got preprocess.splits.validation=0; give it a share, for instance 0.1.",
+    "preprocess: {splits: {calibration: 0}}\ncompress: {recipes: [qat, int8]}": "my.yaml:5: compress.recipes 'int8': int8 "
+    "must have calibration rows to find its ranges, got preprocess.splits.calibration=0; give it a share, for instance 0.05.",
+    "compress: {prune: {begin: 0.5, end: 0.5}}": "my.yaml:4: compress.prune.begin must be below compress.prune.end=0.5, got "
+    "0.5; lower it.",
+    "compress: {prune: {initial_sparsity: 0.5}, recipes: [prune@0.4]}": "my.yaml:4: compress.recipes 'prune@0.4': the "
+    "sparsity must be above compress.prune.initial_sparsity=0.5, got 0.4; lower initial_sparsity.",
+    "workspace: ''": "my.yaml:4: workspace must name a file or folder, got ''; write its path.",
+    'workspace: "a\\0b"': "my.yaml:4: workspace must name a file or folder, got 'a\\x00b'; write its path.",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED, ids=lambda text: text[:40])
+def test_a_fault_is_one_line_with_place_rule_value_and_next_step(here, text):
+    assert refusal(BASE + text + "\n") == REFUSED[text]
+
+
+SOURCES = {
+    "{kind: cvs}": "my.yaml:3: source.kind must be one of arrays, csv, digits, idx, images, line, got 'cvs'; write csv.",
+    "{train: x}": "my.yaml:3: source.kind must be one of arrays, csv, digits, idx, images, line, got null; 'trimline schema' "
+    "lists every key and its range.",
+    "digits": "my.yaml:3: source must be a section with 'kind', one of arrays, csv, digits, idx, images, line, got 'digits'; "
+    "'trimline schema' lists every key and its range.",
+    "\n  kind: csv\n  trian: [b.csv]\n  label: y": "my.yaml:5: source.trian is not a key of source, got ['b.csv']; did you "
+    "mean 'train'? (and 1 more)",
+    "\n  kind: csv\n  label: y": "my.yaml:3: source.train must be given, got nothing; add 'train: ...' in section 'source', a "
+    "list of at least one, each text.",
+    "{kind: csv, train: [rows.csv], label: 5}": "my.yaml:3: source.label must be text, got 5; put it in quotes: '5'.",
+    "{kind: csv, train: [rows.csv], label: y, delimiter: '::'}": "my.yaml:3: source.delimiter must be one character, got "
+    "'::'; leave it out for the default, ','.",
+    "{kind: csv, train: [rows.csv], label: y, columns: [a, yy]}": "my.yaml:3: source.label must be one of source.columns, "
+    "got 'y'; did you mean 'yy'?",
+    "{kind: csv, train: ['${NOT_SET}/rows.csv'], label: y}": "my.yaml:3: source.train[0] must get the environment variable "
+    "NOT_SET, got none set in '${NOT_SET}/rows.csv'; set it: export NOT_SET=FOLDER.",
+    "{kind: idx, train_images: rows.csv, train_labels: rows.csv, test_images: rows.csv}": "my.yaml:3: source.test_images "
+    "must come with source.test_labels, got it alone; give both or neither.",
+    "{kind: line}\ntask: classification": "my.yaml:4: task must be regression or auto for source kind line, got "
+    "classification; leave it out.",
+    "{kind: line}\npreprocess: {columns: {a: {}}}": "my.yaml:4: preprocess.columns.a must have a source of kind csv, got 'a' "
+    "for kind line; leave it out.",
+    "{kind: digits}\npreprocess: {splits: {group: a}}": "my.yaml:4: preprocess.splits.group must have a source of kind csv, "
+    "got 'a' for kind digits; leave it out.",
+}
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda text: text[:40])
+def test_a_source_is_judged_by_its_own_kind(here, source):
+    assert refusal(f"name: mine\nmodel: {{name: mlp}}\nsource: {source}\n") == SOURCES[source]
+
+
+MODELS = {
+    "{}": "model: give exactly one of name, builder, file; got none.",
+    "{name: mpl}": "model.name must be one of linear, mlp, cnn, resnet8, mobilenet, wide_and_deep, or null, got 'mpl'; write "
+    "mlp.",
+    "{builder: build}": "model.builder must be 'package.module:function' or 'file.py:function', got 'build'; put a colon "
+    "before the function's name.",
+    "{name: mlp, options: {units: [1.5]}}": "model.options.units must be a number or a whole number or text or true or false "
+    "or a list, each a whole number, got [1.5]; 'trimline schema' lists every key and its range.",
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_model_is_given_in_exactly_one_way(here, model):
+    assert refusal(f"name: mine\nsource: {{kind: digits}}\nmodel: {model}\n") == "my.yaml:3: " + MODELS[model]
+
+
+def test_a_file_that_is_not_there_is_named_with_the_line_that_names_it(here):
+    text = BASE.replace("[rows.csv]", "\n  [rows.csv, gone.csv, away.csv]").replace("{", "\n  {")
+    said = refusal(text)
+    assert said == (
+        f"my.yaml:4: source.train[1] must be a file that exists, got '{here}/gone.csv'; correct the path. (and 1 more)"
+    )
+    said = refusal("name: mine\nsource: {kind: images, train: rows.csv}\nmodel: {file: m.keras}\n")
+    assert said == (
+        f"my.yaml:3: model.file must be a file that exists, got '{here}/m.keras'; correct the path. (and 1 more)"
+    )
+    said = refusal("name: mine\nsource: {kind: images, train: rows.csv}\nmodel: {name: cnn}\n")
+    assert said == f"my.yaml:2: source.train must be a folder that exists, got '{here}/rows.csv'; correct the path."
+
+
+@pytest.mark.parametrize("name", ["store", "STORE", "..", ".x", "a/b", "", "a b", "x" * 65, "-x", "x\n"])
+def test_a_name_is_safe_as_a_folder_and_not_the_store_s(here, name):
+    with pytest.raises(ConfigError, match=r"^name must be letters, digits, .* got .*; choose another\.$"):
+        from_dict({**DIGITS, "name": name})
+
+
+OVERRIDES = {
+    "train.epoch=5": "train.epoch is not a key of train, got 5; did you mean 'epochs'?",
+    "trian.epochs=5": "trian is not a key of the configuration, got {'epochs': 5}; did you mean 'train'?",
+    "train.epochs.x=5": "train.epochs must be a whole number of at least 1, got {'x': 5}; leave it out for the default, 20.",
+    "train.epochs": "must be KEY=VALUE, got 'train.epochs'; write for instance --set train.epochs=5.",
+    "train..epochs=1": "must be KEY=VALUE, got 'train..epochs=1'; write for instance --set train.epochs=5.",
+    "train.epochs=abc": "train.epochs must be a whole number of at least 1, got 'abc'; leave it out for the default, 20.",
+    "train.epochs=[": "must be YAML, got a fault: expected the node content, but found '<stream end>'; check indentation, "
+    "colons, brackets and quotes there.",
+}
+
+
+@pytest.mark.parametrize("override", OVERRIDES)
+def test_an_override_that_cannot_be_is_named(here, override):
+    assert refusal(BASE + "train: {epochs: 7}\n", override) == f"--set {override}: {OVERRIDES[override]}"
+
+
+def test_an_override_of_the_kind_of_source_leaves_keys_that_the_new_kind_does_not_have(here):
+    said = refusal(BASE, "source.kind=idx")
+    assert said.startswith("my.yaml:2: source.train is not a key of source, got [")
+    assert said.endswith("use one of kind, train_images, train_labels, test_images, test_labels. (and 3 more)")
+
+
+def test_a_configuration_that_is_not_there_or_not_text_is_told(here):
+    with pytest.raises(
+        ConfigError, match=r"^'digit': there is no such file or template; did you mean the template 'digits'\?$"
+    ):
+        load_config("digit")
+    with pytest.raises(
+        ConfigError, match=r"^'gone\.yaml': there is no such file or template; templates are adult, digits"
+    ):
+        load_config(pathlib.Path("gone.yaml"))
+    with pytest.raises(ConfigError, match=r"must be a readable file, got 'Is a directory'; check the path\.$"):
+        load_config(here)
+    (here / "a\nb.yaml").touch()
+    with pytest.raises(ConfigError, match=r"^'a\\nb\.yaml':1: a configuration must be a section of keys, got null;"):
+        load_config("a\nb.yaml")
+    assert refusal(b"name: \xff") == "my.yaml: must be UTF-8 text, got byte 6 that is not; save it as UTF-8."
+    assert (
+        refusal("")
+        == "my.yaml:1: a configuration must be a section of keys, got null; 'trimline init digits' writes one."
+    )
+    assert refusal("- a").startswith("my.yaml:1: a configuration must be a section of keys, got ['a'];")
+    assert refusal("{}") == "my.yaml:1: name must be given, got nothing; add 'name: ...', text. (and 2 more)"
+    with pytest.raises(ConfigError, match=r"^template 'nope': there is none of that name; use one of adult"):
+        template_text("nope")
+
+
+def test_python_values_that_no_configuration_holds_are_refused(here):
+    loop: dict = {}
+    loop["a"] = loop
+    for value, message in [
+        (object(), r"^task must be text, a number, true, .* got <object .* of type object; convert it\.$"),
+        (loop, r"^task\.a\.a must be nested at most 50 deep"),
+        ("\ud800", r"^task must be text, .* got '\\ud800' of type str; convert it\.$"),
+        (float("nan"), r"^task must be one of auto, classification, regression, got nan;"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            from_dict({**DIGITS, "task": value})
+
+
+# --- templates, schema, reference --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", templates())
+def test_a_template_is_legal_and_says_the_same_to_every_reader_of_yaml(name):
+    text = template_text(name)
+    assert text.startswith("# ")
+    values, _ = yaml_text.read(text, name)
+    jsonschema.validate(values, json_schema(), cls=jsonschema.Draft202012Validator)
+    assert config.Config.model_validate(values).name == name
+    assert yaml.safe_load(text) == values  # YAML 1.1, where 1e-3 is text and 010 is 8
+
+
+def test_the_templates_are_those_that_were_promised():
+    assert templates() == ["adult", "digits", "fashion_mnist", "images", "linear"]
+
+
+def test_templates_without_data_of_their_own_load_as_they_are(here):
+    assert load_config("digits").source == DigitsSource()
+    assert load_config("linear").source == LineSource(kind="line", rows=1000, noise=1.0)
+
+
+def test_a_template_names_the_variable_that_it_needs(here, monkeypatch):
+    monkeypatch.delenv("TRIMLINE_DATA", raising=False)
+    for name in ("fashion_mnist", "adult", "images"):
+        with pytest.raises(
+            ConfigError, match=rf"^template {name}:\d+: source\.train\S* must get the environment variable TRIM"
+        ):
+            load_config(name)
+
+
+def test_the_schema_refuses_what_the_loader_refuses(here):
+    validator = jsonschema.Draft202012Validator(json_schema())
+    jsonschema.Draft202012Validator.check_schema(json_schema())
+    validator.validate(DIGITS)
+    for wrong in (
+        {**DIGITS, "seeed": 1},
+        {**DIGITS, "seed": "1"},
+        {**DIGITS, "name": "a/b"},
+        {**DIGITS, "source": {"kind": "cvs"}},
+        {**DIGITS, "train": {"epochs": 0}},
+        {**DIGITS, "preprocess": {"image_size": [1]}},
+        {"name": "mine"},
+    ):
+        assert not validator.is_valid(wrong), wrong
+        with pytest.raises(ConfigError):
+            from_dict(wrong)
+
+
+def test_every_option_says_in_the_schema_what_it_may_be():
+    def walk(node: object) -> None:
+        if isinstance(node, dict):
+            if "properties" in node:
+                assert node["additionalProperties"] is False, node["title"]
+            for child in node.values():
+                walk(child)
+
+    walk(json_schema())
+    assert json.loads(json.dumps(json_schema())) == json_schema()
+
+
+def test_the_reference_in_docs_is_what_the_options_say():
+    written = pathlib.Path(__file__).parents[2] / "docs" / "configuration.md"
+    assert written.read_text(encoding="utf-8") == reference.reference(), "run: make docs"
+
+
+# --- every input -------------------------------------------------------------------------------------------------
+
+# A shared machine stalls for longer than Hypothesis expects of one example.
+patiently = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = st.sampled_from(
+    ["name", "source", "model", "train", "compress", "preprocess", "select", "kind", "epochs", "recipes"]
+)
+JUNK = st.dictionaries(FIELDS, PLAIN | st.dictionaries(FIELDS, PLAIN, max_size=3), max_size=5)
+
+
+def fault(load: Callable[[], config.Config]) -> str:
+    """What `load` says is wrong, as the terminal would show it; empty where it loads."""
+    try:
+        assert isinstance(load(), config.Config)
+    except ConfigError as error:
+        return str(error).encode().decode()
+    return ""
+
+
+@patiently
+@given(JUNK)
+def test_junk_values_give_a_configuration_error_and_nothing_else(values):
+    assert len(fault(lambda: from_dict({**DIGITS, **values})).splitlines()) <= 1
+
+
+@given(st.text(max_size=60) | st.binary(max_size=60))
+@patiently
+def test_junk_text_gives_a_configuration_error_and_nothing_else(tmp_path, junk):
+    file = tmp_path / "junk.yaml"
+    file.write_bytes(junk.encode("utf-8", "surrogatepass") if isinstance(junk, str) else junk)
+    with pytest.raises(ConfigError) as refused:
+        load_config(file)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@patiently
+@given(st.text(max_size=40))
+def test_a_junk_override_gives_a_configuration_error_or_a_configuration(override):
+    assert len(fault(lambda: load_config(DIGITS, [override])).splitlines()) <= 1
+
+
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+SCALAR = st.none() | st.booleans() | st.integers() | FINITE | st.text()
+
+
+@patiently
+@given(st.recursive(SCALAR, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20))
+def test_what_is_written_reads_back_the_same(value):
+    back, _ = yaml_text.read(yaml_text.write(value), "written")
+    assert repr(back) == repr(value)
+
+
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    options=st.dictionaries(st.text(), st.integers() | FINITE | st.text() | st.booleans() | st.lists(st.integers())),
+    missing=st.lists(st.text()),
+    rate=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
+    size=st.none() | st.tuples(st.integers(1, 10**6), st.integers(1, 10**6)),
+)
+@patiently
+def test_a_dumped_configuration_loads_as_the_same_one(tmp_path, seed, options, missing, rate, size):
+    (tmp_path / "rows.csv").touch()
+    made = from_dict(
+        {
+            "name": "mine",
+            "seed": seed,
+            "source": {"kind": "csv", "train": [tmp_path / "rows.csv"], "label": "y", "missing": missing},
+            "model": {"name": "mlp", "options": options},
+            "preprocess": {"image_size": size},
+            "train": {"optimizer": {"learning_rate": rate}},
+        }
+    )
+    (tmp_path / "dumped.yaml").write_text(dump(made), encoding="utf-8")
+    again = load_config(tmp_path / "dumped.yaml")
+    assert again == made
+    assert dump(again) == dump(made)
+
+
+def test_loading_a_configuration_loads_no_heavy_library():
+    code = "import sys, pipeline.config as c; c.load_config('digits'); print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"tensorflow", "keras", "apache_beam", "numpy", "pyarrow"}.isdisjoint(done.stdout.split())
+
+
+def test_a_configuration_cannot_be_changed(here):
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        load_config("digits").seed = 1
