@@ -75,6 +75,10 @@ def converted(model, shape, path, *, format="float32"):
     if format == "float16":
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
         converter.target_spec.supported_types = [tf.float16]
+    if format == "int8":
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        converter.representative_dataset = lambda: ([np.full((1, *shape), n, np.float32)] for n in range(3))
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
     path.write_bytes(converter.convert())
     return path
 
@@ -130,6 +134,8 @@ def test_two_int4_codes_share_a_byte_low_half_first(codes, tmp_path_factory):
     found = read_proof(dense_file(path, codes, "int4", scales=[0.1], zero_points=[0], packed=packed)).weights[0]
     assert found.distinct == len(np.unique(codes))
     assert found.sparsity == pytest.approx(np.mean(codes == 0), abs=1e-12)
+    dense_file(path, codes, "int4", scales=[0.1], zero_points=[-8], packed=packed)
+    assert read_proof(path).sparsity == pytest.approx(np.mean(codes == -8), abs=1e-12)
 
 
 def test_zeros_and_shared_weights_survive_folding_of_batch_normalization(tmp_path):
@@ -182,6 +188,14 @@ def test_totals_count_biases_and_sizes_but_not_shapes(tmp_path):
     assert found.gzip_bytes == len(gzip.compress(path.read_bytes(), 9, mtime=0))
     assert found.operators == {"CONV_2D": 1, "FULLY_CONNECTED": 1, "RESHAPE": 1}
     assert (found.input_dtype, found.output_dtype, found.flex, found.custom) == ("float32", "float32", (), ())
+
+
+@pytest.mark.filterwarnings("ignore:Statistics for quantized inputs were expected:UserWarning")
+def test_biases_of_an_int8_file_count_though_they_are_int32_as_shapes_are(tmp_path):
+    layers = [keras.Input((4, 4, 1)), keras.layers.Conv2D(3, 3, bias_initializer="ones"), keras.layers.Flatten()]
+    found = read_proof(converted(keras.Sequential(layers), (4, 4, 1), tmp_path / "m.tflite", format="int8"))
+    assert found.weight_dtypes == {"int8": 1}
+    assert found.parameters == 3 * 9 + 3
 
 
 def test_a_proof_is_json_and_its_summary_leaves_the_kernels_out(tmp_path):
@@ -280,6 +294,12 @@ def test_a_folded_kernel_is_found_by_the_name_of_its_output():
     kernels = [kernel("arith.constant", used_as="m/b/Relu;m/a_bn/mul"), kernel("arith.constant1", used_as="m/a/Relu")]
     promises = [Promise(layer=name, kind="conv2d", shape=(4, 3, 3, 2)) for name in ("a", "b")]
     assert [found.name for _, found in match(kernels, promises)] == ["arith.constant1", "arith.constant"]
+
+
+def test_the_name_of_an_output_goes_before_a_name_with_a_number():
+    kernels = [kernel("m/a_1/Conv2D"), kernel("arith.constant", used_as="m/a/Relu")]
+    assert match(kernels, [Promise(layer="a", kind="conv2d", shape=(4, 3, 3, 2))])[0][1] is kernels[1]
+    assert match(kernels[:1], [Promise(layer="a", kind="conv2d", shape=(4, 3, 3, 2))])[0][1] is kernels[0]
 
 
 def test_a_1d_convolution_is_found_in_its_2d_kernel():

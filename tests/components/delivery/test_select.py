@@ -102,6 +102,8 @@ def test_ties_fall_to_the_metric_then_to_bytes_then_to_the_name():
     same = [variant(name, 0.9, 10) for name in ("float32", "b", "a")]
     assert select(drops(same), SelectOptions()).recipe == "a"
     assert select(drops([*same, variant("c", 0.905, 10)]), SelectOptions()).recipe == "c"
+    better = [variant("float32", 0.9, 8), variant("e", 0.905, 9)]
+    assert select(drops(better), SelectOptions(objective="latency")).recipe == "e"
     faster = [variant("float32", 0.9, 9), variant("d", 0.9, 8)]
     assert select(drops(faster), SelectOptions(objective="latency")).recipe == "d"
 
