@@ -70,7 +70,7 @@ def fractions(hashes: np.ndarray) -> np.ndarray:
 
 def mixed(hashes: np.ndarray, number: int) -> np.ndarray:
     """Other hashes for the same rows; distinct by position, so that exact duplicates draw apart."""
-    positions = np.arange(len(hashes), dtype=np.uint64) + np.uint64(number % 2**64) * _A
+    positions = np.arange(len(hashes), dtype=np.uint64) + np.uint64(number * int(_A) % 2**64)
     return _finish(hashes ^ _finish(positions))
 
 
@@ -90,7 +90,7 @@ def _fold(part: Part) -> np.ndarray:
     padded = np.zeros(len(part.data) + 8, np.uint8)  # the last word may reach beyond the last byte
     padded[:-8] = part.data
     words = np.ndarray(len(part.data) + 1, "<u8", padded, strides=(1,))  # an unaligned word at every byte
-    state = lengths.astype(np.uint64) * _A
+    state = (lengths + 1).astype(np.uint64) * _A  # an empty cell is something, too
     longest = int(lengths.max(initial=0))
     for offset in range(0, longest, 8):
         left = lengths - offset

@@ -1,0 +1,41 @@
+"""What all tests share: where real data lies, two logical CPU devices, quiet libraries."""
+
+import os
+import pathlib
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, when TensorFlow loads
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+    """Folder of real data sets; the test is skipped where it is absent."""
+    usual = pathlib.Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+    folder = pathlib.Path(os.environ.get("TRIMLINE_DATA", usual))
+    if not folder.is_dir():
+        pytest.skip("real data is absent: set TRIMLINE_DATA to its folder")
+    return folder
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """TensorFlow fixes its devices with the first operation, so they are set before the first test that needs two."""
+    if any("two_devices" in getattr(item, "fixturenames", ()) for item in session.items):
+        _set_two_devices()
+
+
+def _set_two_devices() -> None:
+    import tensorflow as tf
+
+    one = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(one, [tf.config.LogicalDeviceConfiguration()] * 2)
+
+
+@pytest.fixture(scope="session")
+def two_devices() -> list[str]:
+    """Names of two logical CPU devices, for strategies."""
+    import tensorflow as tf
+
+    names = [device.name for device in tf.config.list_logical_devices("CPU")]
+    assert len(names) == 2, f"two logical CPU devices are needed, got {names}"
+    return names
