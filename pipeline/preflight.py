@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from components.artifacts import DataSpec, PreparedData, read_json, write_json
 from components.errors import ConfigError, TrimlineError
@@ -89,7 +89,9 @@ def _key(plan: Plan) -> Key:
     """The findings depend on the model, the recipes, and the shape of the data."""
     spec = rough_spec(plan)
     train = next(step for step in plan.steps if step.stage.name == "train")
-    stage = Stage("preflight", lambda *_: {}, _probe, ("components.compression.compress", "components.training.model"))
+    stage = Stage(
+        "preflight", lambda *_: {}, cast(Any, _probe), ("components.compression.compress", "components.training.model")
+    )
     facts = {
         "model": plan.config.model.model_dump(),
         "exclude": {name: getattr(plan.config.compress, name).exclude for name in ("prune", "cluster", "qat")},
