@@ -241,6 +241,7 @@ def _bundle(call: Call) -> None:
         run=call.config.name,
         selected_because=chosen["selected_because"],
         keras_outputs=lambda inputs: model(inputs, training=False).numpy(),
+        batches=call.batches(),
         trace=call.trace,
     )
 
