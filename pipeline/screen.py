@@ -36,7 +36,7 @@ class Screen:
     def line(self, text: str, style: str | None = None) -> None:
         """Prints one line above any progress bar."""
         if self._console is not None:
-            self._console.print(text, style=style, highlight=False, markup=False)
+            self._console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
     def cached(self, name: str) -> None:
         """The step's artifact was there already."""

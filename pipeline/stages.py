@@ -155,7 +155,7 @@ def _export(call: Call) -> None:
 
     recipe = _recipe(call)
     model, facts, promises = _model_to_export(call, recipe)
-    calibration, _ = read(call.data, "calibration", limit=call.config.export.calibration_examples or 512)
+    calibration, _ = read(call.data, "calibration")
     export(
         str(recipe),
         recipe.format,
