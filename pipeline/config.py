@@ -410,8 +410,13 @@ def _impossible(recipe: Recipe, config: Config) -> Iterator[str]:
                 f"the sparsity must be above compress.prune.initial_sparsity={starts:g}, got {step.strength:g}; "
                 "lower initial_sparsity."
             )
-    quantized = bool(recipe.steps) and recipe.steps[-1].name == "qat"
-    if recipe.format == "int8" and not quantized and not config.preprocess.splits.calibration:
+    names = {step.name: step for step in recipe.steps}
+    if "prune" in names and "cluster" in names and (names["cluster"].strength or 0) < 3:
+        yield (
+            f"clusters must be at least 3 after prune, since zero is one of them, got {names['cluster'].strength:g}; "
+            "write cluster@3 or more."
+        )
+    if recipe.format == "int8" and "qat" not in names and not config.preprocess.splits.calibration:
         yield (
             "int8 must have calibration rows to find its ranges, got preprocess.splits.calibration=0; give it a "
             "share, for instance 0.05."

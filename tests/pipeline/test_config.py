@@ -11,7 +11,7 @@ import numpy as np
 import pydantic
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from components.errors import ConfigError
@@ -203,6 +203,8 @@ REFUSED = {
     "0.5; lower it.",
     "compress: {prune: {initial_sparsity: 0.5}, recipes: [prune@0.4]}": "my.yaml:4: compress.recipes 'prune@0.4': the "
     "sparsity must be above compress.prune.initial_sparsity=0.5, got 0.4; lower initial_sparsity.",
+    "compress: {recipes: [prune@0.5+cluster@2]}": "my.yaml:4: compress.recipes 'prune@0.5+cluster@2': clusters must be at "
+    "least 3 after prune, since zero is one of them, got 2; write cluster@3 or more.",
     "workspace: ''": "my.yaml:4: workspace must name a file or folder, got ''; write its path.",
     'workspace: "a\\0b"': "my.yaml:4: workspace must name a file or folder, got 'a\\x00b'; write its path.",
 }
@@ -461,6 +463,7 @@ SCALAR = st.none() | st.booleans() | st.integers() | FINITE | st.text()
 
 @patiently
 @given(st.recursive(SCALAR, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20))
+@example(["1e-3", "0o7", "010", "yes", "1:30", ".5", "null", "~", "", "<<", "=", "a\u2028b", "\x85"])  # read variously
 def test_what_is_written_reads_back_the_same(value):
     back, _ = yaml_text.read(yaml_text.write(value), "written")
     assert repr(back) == repr(value)
