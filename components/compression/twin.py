@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from components.compression.twin_layers import LAYERS, OPERATIONS, TwinLayer, translate
+from components.compression.twin_layers import LAYERS, OPERATIONS, TwinLayer, plain
 from components.errors import ModelError
 
 # Largest difference of the outputs over their largest magnitude. Measured on ten of keras.applications: at most 6e-7.
@@ -192,7 +192,7 @@ def _make(layer: keras.Layer, name: str) -> list[TwinLayer]:
     if kind is None or not type(layer).__module__.startswith("keras."):
         raise _no_twin(layer, "tf_keras has no layer of that name")
     try:
-        return [kind(**translate(layer, kind, name))]
+        return plain(layer, name)
     except (TypeError, ValueError) as error:
         raise _no_twin(layer, _first_line(error)) from error
 

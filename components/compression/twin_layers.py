@@ -93,6 +93,10 @@ def activation(function: Any) -> Any:
     return tf_keras.activations.get(ACTIVATIONS.get(name, name))
 
 
+FUSED = ("linear", "relu", "swish", "gelu", "softmax", "sigmoid", "tanh")
+"""Activations that tfmot can quantize inside a layer with a kernel."""
+
+
 # --- configurations ----------------------------------------------------------------------------------------------
 
 
@@ -137,7 +141,7 @@ def _accepted(kind: type) -> frozenset[str]:
     names = {"name", "trainable", "dtype"}
     for each in kind.__mro__:
         if each is not tf_keras.layers.Layer and "__init__" in vars(each):
-            names |= set(inspect.signature(each.__init__).parameters)
+            names |= set(inspect.signature(vars(each)["__init__"]).parameters)
     return frozenset(names - {"self", "kwargs", "args"})
 
 
@@ -145,9 +149,21 @@ def _accepted(kind: type) -> frozenset[str]:
 
 
 def plain(layer: keras.Layer, name: str) -> list[TwinLayer]:
-    """The tf_keras layer of the same class name and configuration."""
+    """The tf_keras layer of the same class name and configuration.
+
+    An activation that tfmot does not know inside a layer comes out as a layer of its own, so that the kernel can still
+    be quantized.
+    """
     kind = getattr(tf_keras.layers, type(layer).__name__)
-    return [kind(**translate(layer, kind, name))]
+    options = translate(layer, kind, name)
+    function = options.get("activation")
+    if not issubclass(kind, _WITH_KERNEL) or function is None or function.__name__ in FUSED:
+        return [kind(**options)]
+    options["activation"] = None
+    return [kind(**options), tf_keras.layers.Activation(function, name=f"{name}_activation")]
+
+
+_WITH_KERNEL = (tf_keras.layers.Dense, tf_keras.layers.Conv2D, tf_keras.layers.DepthwiseConv2D)
 
 
 def _leaky_relu(layer: Any, name: str) -> list[TwinLayer]:
