@@ -1,0 +1,327 @@
+"""Dataset: blocks on disk become batches for training, for one ordered pass, or arrays.
+
+    PreparedData --make_batches()--> Batches          float32 inputs of static shape, labels
+    PreparedData --read()--> (inputs, labels)         NumPy, in file order
+
+Rows stay as compact as they are stored (a picture: uint8) until their batch is made; nothing is ever done row by row.
+Everything random is a function of (seed, epoch, step), so a run that starts at epoch e sees what an undisturbed run saw.
+A training split of up to RESIDENT_BYTES is held in memory and shuffled completely. A larger one streams: files are
+shuffled and interleaved, then blocks within a buffer, then rows within super-batches of up to SUPER_ROWS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from components.artifacts import SPLITS, Batches, PreparedData
+from components.data.augment import augment, check_augmentation
+from components.data.blocks import Layout, read_blocks
+from components.errors import ConfigError, ContractError
+from components.options import Augmentation
+
+Tensor = Any  # tf.Tensor; TensorFlow ships no usable types
+Columns = dict[str, Tensor]
+# As stored: 80 bytes a row make 6 million rows, 784 make 680,000.
+RESIDENT_BYTES = 512 << 20
+# A shuffle buffer of blocks, and again a super-batch of rows, may take this much.
+SHUFFLE_BYTES = 128 << 20
+SUPER_ROWS = 16_384
+_FILES_AT_ONCE = 16
+_BLOCKS_AT_ONCE = 256
+_PIXEL_SCALE = np.float32(1 / 255)
+
+
+def make_batches(data: PreparedData, *, augmentation: Augmentation) -> Batches:
+    """What a training stage needs of `data`, with nothing read yet.
+
+    Args:
+      data: Prepared; its files are looked at, not read.
+      augmentation: Of the training split only.
+
+    Raises:
+      ConfigError: See `check_augmentation`.
+      ContractError: A file of the manifest is absent or has another size, or manifest and transform do not agree.
+    """
+    check_augmentation(augmentation, data.spec)
+    for split in SPLITS:
+        _check_files(data, split)
+    _Inputs.of(data)
+    return Batches(
+        spec=data.spec,
+        training=lambda batch_size, seed, first_epoch: training_batches(
+            data, batch_size=batch_size, seed=seed, first_epoch=first_epoch, augmentation=augmentation
+        ),
+        ordered=lambda split, batch_size: batches(data, split, batch_size=batch_size),
+        rows={split: data.rows(split) for split in SPLITS},
+    )
+
+
+def steps_per_epoch(data: PreparedData, batch_size: int) -> int:
+    """Whole batches in one epoch; the remainder is dropped so that shapes stay static."""
+    return data.rows("train") // batch_size
+
+
+def training_batches(
+    data: PreparedData,
+    *,
+    batch_size: int,
+    seed: int,
+    first_epoch: int = 0,
+    augmentation: Augmentation = Augmentation(),  # noqa: B008, frozen
+    resident_bytes: int = RESIDENT_BYTES,
+) -> tf.data.Dataset:
+    """Shuffled, augmented batches of the training split, without end.
+
+    Args:
+      data: Prepared.
+      batch_size: Rows of each batch.
+      seed: With the epoch it fixes order and augmentation, bit by bit.
+      first_epoch: 0 is the first. Epoch e is the same whether the data set started at it or earlier.
+      augmentation: See `augment`.
+      resident_bytes: A split of at most this many stored bytes is held in memory, which is also faster. The order
+        differs between the two ways, so that it must not change within a run.
+
+    Returns:
+      (float32 (batch_size, *input_shape), int32 (batch_size,) or float32 (batch_size, 1)), `steps_per_epoch` an epoch.
+
+    Raises:
+      ConfigError: The split has fewer rows than a batch, or `augmentation` does not suit it.
+      ContractError: Held in memory: a file is damaged. Streaming finds damage later, as `tf.errors.DataLossError`.
+    """
+    check_augmentation(augmentation, data.spec)
+    steps = steps_per_epoch(data, batch_size)
+    if not steps:
+        raise ConfigError(
+            f"train.batch_size={batch_size} exceeds the {data.rows('train')} rows of the training split, and a batch must be whole: use {data.rows('train')} or less."
+        )
+    inputs = _Inputs.of(data)
+    small = data.rows("train") * inputs.layout.row_bytes <= resident_bytes
+    make = _resident_batches if small else _streamed_batches
+
+    def finish(key: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
+        x, y = inputs.expand(columns)
+        return augment(x, key, augmentation), y
+
+    made = make(data, inputs.layout, batch_size, tf.constant(seed, tf.int64), first_epoch)
+    made = made.map(finish, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    made = made.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
+    return _with_options(made)
+
+
+def batches(data: PreparedData, split: str, *, batch_size: int) -> tf.data.Dataset:
+    """One pass over `split` in file order; the last batch may be smaller, an empty split gives none.
+
+    Returns:
+      (float32 (batch, *input_shape), int32 (batch,) or float32 (batch, 1)).
+
+    Raises:
+      ContractError: A file is absent or has another size. Damage is found later, as `tf.errors.DataLossError`.
+    """
+    _check_files(data, split)
+    inputs = _Inputs.of(data)
+    files = tf.constant([str(path) for path in data.files(split)], tf.string)
+    made = tf.data.TFRecordDataset(files).map(
+        functools.partial(parse, inputs.layout), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+    )
+    made = made.rebatch(batch_size).map(inputs.expand, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    count = math.ceil(data.rows(split) / batch_size)
+    return _with_options(made.apply(tf.data.experimental.assert_cardinality(count)))
+
+
+def read(data: PreparedData, split: str, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The first `limit` rows of `split` (all where None), in file order.
+
+    Returns:
+      (float32 (rows, *input_shape), int32 (rows,) or float32 (rows, 1)).
+
+    Raises:
+      ContractError: A file is absent or damaged.
+    """
+    _check_files(data, split)
+    inputs = _Inputs.of(data)
+    rows = data.rows(split) if limit is None else min(limit, data.rows(split))
+    with tf.device("CPU:0"):
+        x, y = inputs.expand(_columns(data, split, inputs.layout, rows))
+    return np.asarray(x), np.asarray(y)
+
+
+def _with_options(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    options = tf.data.Options()
+    options.deterministic = True
+    # Every process reads all files: a strategy with several workers shares batches out, not files of unequal length.
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+    return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
+
+
+# --- what is stored, and what the model gets ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+    """How stored columns become a model's input and labels; the TensorFlow side of `Transform.to_inputs`."""
+
+    layout: Layout
+    depths: tuple[int, ...]
+    input_shape: tuple[int, ...]
+    regression: bool
+
+    @classmethod
+    def of(cls, data: PreparedData) -> _Inputs:
+        layout = Layout.from_json(data.manifest["columns"])
+        depths = tuple(data.transform["inputs"].get("depths", ()))
+        shapes = {column.name: column.shape for column in layout.columns}
+        width = shapes.get("numbers", (0,))[0] + sum(depths)
+        found = shapes.get("image", (width,))
+        if found != data.spec.input_shape or len(depths) != shapes.get("ids", (0,))[0]:
+            raise ContractError(
+                f"{data.folder}: the stored columns {shapes} with one-hot widths {depths} must make inputs of shape {data.spec.input_shape}; run preprocess again with --force preprocess."
+            )
+        return cls(layout, depths, found, data.spec.task == "regression")
+
+    def expand(self, columns: Columns) -> tuple[Tensor, Tensor]:
+        """Inputs and labels of some rows; bit-equal to the NumPy definition, because each value is one product."""
+        labels = columns["label"]
+        x = tf.cast(columns["image"], tf.float32) * _PIXEL_SCALE if "image" in columns else self._features(columns)
+        return x, labels[:, tf.newaxis] if self.regression else labels
+
+    def _features(self, columns: Columns) -> Tensor:
+        parts = [columns["numbers"]] if "numbers" in columns else []
+        parts += [tf.one_hot(columns["ids"][:, place], depth) for place, depth in enumerate(self.depths)]
+        return tf.concat(parts, axis=1)
+
+
+def parse(layout: Layout, record: Tensor) -> Columns:
+    """Slices one record into columns of shape (rows, ...), inside TensorFlow.
+
+    Args:
+      layout: Of all blocks of the data set.
+      record: string (), as `components.data.blocks.encode` made it.
+
+    Raises:
+      tf.errors.InvalidArgumentError: The record has another layout.
+    """
+    header = layout.header(0)
+    rows = tf.io.decode_raw(tf.strings.substr(record, 8, 4), tf.int32)[0]
+    # All of the header but the rows, which are bytes 8 to 11, is known beforehand.
+    known = tf.strings.substr(record, 0, 8) + tf.strings.substr(record, 12, len(header) - 12)
+    size = len(header) + rows * layout.row_bytes
+    fits = tf.logical_and(known == header[:8] + header[12:], tf.strings.length(record) == size)
+    told = "A block has another layout than the manifest tells; run preprocess again with --force preprocess."
+    with tf.control_dependencies([tf.debugging.Assert(fits, [told, rows, tf.strings.length(record)])]):
+        start = tf.constant(len(header))
+    columns = {}
+    for column in layout.columns:
+        values = tf.io.decode_raw(tf.strings.substr(record, start, rows * column.row_bytes), column.dtype)
+        columns[column.name] = tf.reshape(values, (-1, *column.shape))
+        start += rows * column.row_bytes
+    return columns
+
+
+def _check_files(data: PreparedData, split: str) -> None:
+    """Looks whether the manifest's files are there with their sizes: cheap, and catches a half-copied folder."""
+    for file in data.manifest["splits"][split]["files"]:
+        path = data.folder / file["name"]
+        found = path.stat().st_size if path.is_file() else "no such file"
+        if found != file["bytes"]:
+            raise ContractError(
+                f"{path}: the manifest promises {file['bytes']} bytes, got {found}; run preprocess again with --force preprocess."
+            )
+
+
+def _columns(data: PreparedData, split: str, layout: Layout, rows: int) -> dict[str, np.ndarray]:
+    """The first `rows` rows as they are stored."""
+    made = {column.name: np.empty((rows, *column.shape), column.dtype) for column in layout.columns}
+    done = 0
+    for path, block in _blocks(data.files(split)):
+        if done == rows:
+            break
+        if block.keys() != made.keys():
+            raise ContractError(f"{path}: a block holds {sorted(block)}, the manifest promises {sorted(made)}.")
+        taken = min(len(block["label"]), rows - done)
+        for name, array in made.items():
+            array[done : done + taken] = block[name][:taken]
+        done += taken
+    if done < rows:
+        raise ContractError(
+            f"{data.folder}: the manifest promises {rows} {split} rows, got {done}; run preprocess again with --force preprocess."
+        )
+    return made
+
+
+def _blocks(paths: list[pathlib.Path]) -> Iterator[tuple[pathlib.Path, dict[str, np.ndarray]]]:
+    return ((path, block) for path in paths for block in read_blocks(path))
+
+
+# --- order -------------------------------------------------------------------------------------------------------
+# Stateless throughout, so that neither the global seed of TensorFlow nor what ran before plays a part. The key of an
+# epoch, (seed, epoch), is folded with the purpose: a batch's augmentation gets _FIRST_STEP + its number.
+
+_ROWS, _FILES, _BUFFERS, _FIRST_STEP = range(4)
+
+
+def _key(parent: Tensor, purpose: Tensor | int) -> Tensor:
+    """int64 (2,), as `parent`; fold_in would fall back to int32 with an int32 purpose."""
+    return tf.random.fold_in(parent, tf.cast(purpose, tf.int64))
+
+
+def _shuffled(values: Tensor, key: Tensor) -> Tensor:
+    return tf.random.experimental.stateless_shuffle(values, key)
+
+
+def _resident_batches(
+    data: PreparedData, layout: Layout, batch_size: int, seed: Tensor, first_epoch: int
+) -> tf.data.Dataset:
+    """(key, columns) of each batch, gathered from memory in an order that is drawn anew each epoch."""
+    rows, steps = data.rows("train"), steps_per_epoch(data, batch_size)
+    with tf.device("CPU:0"):  # else a GPU would hold them, and tf.data would fetch them back row by row
+        columns = {name: tf.constant(value) for name, value in _columns(data, "train", layout, rows).items()}
+
+    def places(epoch: Tensor) -> tf.data.Dataset:
+        key = tf.stack([seed, epoch])
+        order = _shuffled(tf.range(rows), _key(key, _ROWS))
+        each = tf.reshape(order[: steps * batch_size], (steps, batch_size))
+        return tf.data.Dataset.from_tensor_slices((tf.repeat(key[tf.newaxis], steps, 0), tf.range(steps), each))
+
+    def gather(key: Tensor, step: Tensor, chosen: Tensor) -> tuple[Tensor, Columns]:
+        return _key(key, _FIRST_STEP + step), {name: tf.gather(value, chosen) for name, value in columns.items()}
+
+    made = tf.data.Dataset.counter(first_epoch).flat_map(places)
+    return made.map(gather, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+
+def _streamed_batches(
+    data: PreparedData, layout: Layout, batch_size: int, seed: Tensor, first_epoch: int
+) -> tf.data.Dataset:
+    """(key, columns) of each batch, from disk: files, then blocks, then rows are shuffled, each within its reach."""
+    _check_files(data, "train")
+    files = tf.constant([str(path) for path in data.files("train")], tf.string)
+    block_bytes = max(1, data.manifest["block_rows"] * layout.row_bytes)
+    buffer = min(_BLOCKS_AT_ONCE, max(1, SHUFFLE_BYTES // block_bytes))
+    super_rows = min(SUPER_ROWS, max(batch_size, SHUFFLE_BYTES // layout.row_bytes))
+
+    def one_epoch(epoch: Tensor) -> tf.data.Dataset:
+        key = tf.stack([seed, epoch])
+        made = tf.data.Dataset.from_tensor_slices(_shuffled(files, _key(key, _FILES)))
+        made = made.interleave(tf.data.TFRecordDataset, cycle_length=_FILES_AT_ONCE)
+        made = made.batch(buffer).enumerate()
+        made = made.map(lambda number, some: _shuffled(some, _key(_key(key, _BUFFERS), number))).unbatch()
+        made = made.map(functools.partial(parse, layout), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        made = made.rebatch(super_rows).enumerate().map(functools.partial(_permuted, _key(key, _ROWS)))
+        made = made.rebatch(batch_size, drop_remainder=True).enumerate()
+        return made.map(lambda step, columns: (_key(key, _FIRST_STEP + step), columns))
+
+    return tf.data.Dataset.counter(first_epoch).flat_map(one_epoch)
+
+
+def _permuted(key: Tensor, number: Tensor, columns: Columns) -> Columns:
+    """The rows of super-batch `number` in another order, the same for all columns."""
+    order = _shuffled(tf.range(tf.shape(columns["label"])[0]), _key(key, number))
+    return {name: tf.gather(value, order) for name, value in columns.items()}
