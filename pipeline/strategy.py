@@ -6,6 +6,7 @@ when a strategy is made, not before, so that `plan` can check the rules in milli
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from components.errors import ConfigError
@@ -51,7 +52,21 @@ def make_strategy(options: StrategyOptions) -> tf.distribute.Strategy:
 
     if options.name == "default":
         return tf.distribute.get_strategy()
-    return tf.distribute.MirroredStrategy(_devices(options.devices))
+    return _mirrored(tuple(_devices(options.devices)))
+
+
+@functools.cache
+def _mirrored(devices: tuple[str, ...]) -> tf.distribute.Strategy:
+    """One strategy per set of devices and process, as two that use collectives clash: each numbers its own from 100.
+
+    On CPUs the sum is taken on one device, which needs no collectives.
+    """
+    import tensorflow as tf
+
+    on_cpu = all("CPU" in device for device in devices)
+    return tf.distribute.MirroredStrategy(
+        list(devices), cross_device_ops=tf.distribute.ReductionToOneDevice() if on_cpu else None
+    )
 
 
 def _devices(wanted: int | None) -> list[str]:

@@ -93,7 +93,7 @@ class Loop:
         self._task: Task = task
         self._strategy = strategy
         self._advance = tf.function(self._advance_steps, jit_compile=False)
-        self._evaluate = tf.function(self._evaluate_pass, jit_compile=False)
+        self._evaluate = tf.function(self._evaluate_batches, jit_compile=False)
 
     def iterator(self, dataset: tf.data.Dataset) -> Any:
         """An iterator over global batches, shared out to the replicas."""
@@ -103,10 +103,9 @@ class Loop:
         """Makes `updates` updates and returns `totals` with their sums added; the same numbers however they are cut."""
         return self._advance(iterator, tf.constant(updates), tf.constant(totals)).numpy()
 
-    def evaluate(self, dataset: tf.data.Dataset) -> Totals:
-        """Loss and metric over one pass of `dataset`; the last batch may be smaller."""
-        values = self._evaluate(self._strategy.experimental_distribute_dataset(dataset))
-        return Totals(self._task, values.numpy())
+    def evaluate(self, dataset: tf.data.Dataset, batches: int) -> Totals:
+        """Loss and metric over the first `batches` batches of `dataset`; the last one may be smaller."""
+        return Totals(self._task, self._evaluate(self.iterator(dataset), tf.constant(batches)).numpy())
 
     # The two bodies below are read by autograph: their `for` becomes a loop inside the graph.
 
@@ -117,10 +116,10 @@ class Loop:
             totals = totals + tf.concat([sums, [finite]], 0)
         return totals
 
-    def _evaluate_pass(self, dataset: Any) -> Tensor:
+    def _evaluate_batches(self, iterator: Any, batches: Tensor) -> Tensor:
         totals = tf.zeros(4, tf.float64)
-        for x, y in dataset:
-            sums = self._summed(self._strategy.run(self._test_step, args=(x, y)))
+        for _ in tf.range(batches):
+            sums = self._summed(self._strategy.run(self._test_step, args=next(iterator)))
             totals = totals + tf.concat([sums, [0.0]], 0)
         return totals
 

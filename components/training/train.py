@@ -170,7 +170,9 @@ class _Run:
             done += updates
             totals = Totals(self.batches.spec.task, sums)
             if totals.finite_updates < done:
-                raise self._diverged(f"at step {totals.finite_updates + 1} of {self.steps}", "training loss")
+                raise self._diverged(
+                    self.epoch + 1, "training loss", f"at step {totals.finite_updates + 1} of {self.steps}"
+                )
             self._tell(done, totals)
             updates = max(1, int(updates * _SECONDS_PER_CALL / (time.perf_counter() - started)))
         return totals.named()
@@ -184,15 +186,17 @@ class _Run:
     def _validate(self) -> dict[str, float]:
         if not self.batches.rows.get("validation", 0):
             return {}
-        totals = self.loop.evaluate(self.batches.ordered("validation", self.options.batch_size))
+        size = self.options.batch_size
+        count = math.ceil(self.batches.rows["validation"] / size)
+        totals = self.loop.evaluate(self.batches.ordered("validation", size), count)
         if not math.isfinite(totals.loss):
-            raise self._diverged("after its last step", "validation loss")
+            raise self._diverged(self.epoch + 1, "validation loss", "after its last step")
         return totals.named()
 
-    def _diverged(self, when: str, what: str) -> ModelError:
+    def _diverged(self, epoch: int, what: str, when: str) -> ModelError:
         rate = self.options.optimizer.learning_rate
         return ModelError(
-            f"train: the {what} is not finite in epoch {self.epoch + 1}, {when}; lower train.optimizer.learning_rate={rate:g} "
+            f"train: the {what} is not finite in epoch {epoch}, {when}; lower train.optimizer.learning_rate={rate:g} "
             f"(try {rate / 10:g}), or look for extreme values in the data."
         )
 
@@ -200,7 +204,7 @@ class _Run:
         """Remembers the best weights and writes the checkpoint."""
         weights = [variable.numpy() for variable in self.model.variables]
         if not all(np.isfinite(each).all() for each in weights):
-            raise self._diverged("in the weights after its last step", "model")
+            raise self._diverged(self.epoch, "model", "in its weights after the last step")
         if self.options.early_stopping is None:
             self.best_epoch = self.epoch
         elif not self.best or row["val_loss"] < self.history["val_loss"][self.best_epoch - 1]:

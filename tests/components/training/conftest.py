@@ -7,6 +7,18 @@ import pytest
 import tensorflow as tf
 
 from components.artifacts import Batches, DataSpec
+from components.options import StrategyOptions
+from pipeline.strategy import make_strategy
+
+# Devices are fixed once TensorFlow starts, so this is said at collection, before the first test of any folder runs.
+_CPU = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(_CPU, [tf.config.LogicalDeviceConfiguration()] * 2)
+
+
+@pytest.fixture
+def mirrored() -> tf.distribute.Strategy:
+    """Two logical CPU devices."""
+    return make_strategy(StrategyOptions(name="mirrored", devices=2))
 
 
 def batches_of(spec: DataSpec, **splits: tuple[np.ndarray, np.ndarray]) -> Batches:
@@ -39,9 +51,8 @@ def make_batches() -> Callable[..., Batches]:
     return batches_of
 
 
-@pytest.fixture
-def pictures() -> Batches:
-    """Three classes of 8 x 8 pictures: a bright row at the top, in the middle, at the bottom, under noise."""
+def draw_pictures() -> dict:
+    """Three classes of 8 x 8 pictures: a brighter row at the top, in the middle or at the bottom, under noise."""
     spec = DataSpec(
         task="classification", input_name="image", input_shape=(8, 8, 1), labels=("top", "middle", "bottom")
     )
@@ -53,4 +64,9 @@ def pictures() -> Batches:
         x[np.arange(count), 1 + 2 * y] += 0.4
         return x, y
 
-    return batches_of(spec, train=draw(192), validation=draw(50))
+    return {"spec": spec, "train": draw(192), "validation": draw(50)}
+
+
+@pytest.fixture
+def pictures() -> Batches:
+    return batches_of(**draw_pictures())
