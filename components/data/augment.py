@@ -63,9 +63,9 @@ def _moved(x: Tensor, seed: Tensor, augmentation: Augmentation) -> Tensor:
     draw = tf.random.stateless_uniform((4, tf.shape(x)[0]), seed, -1.0, 1.0)
     angle = draw[0] * math.radians(augmentation.rotation)
     scale = 1.0 + draw[1] * augmentation.zoom
-    transforms = affine(
-        angle, scale, draw[2] * augmentation.shift * height, draw[3] * augmentation.shift * width, (height, width)
-    )
+    # One factor each: graph optimisation would reassociate two, and eager bits would differ from those of tf.data.
+    down, right = draw[2] * (augmentation.shift * height), draw[3] * (augmentation.shift * width)
+    transforms = affine(angle, scale, down, right, (height, width))
     moved = tf.raw_ops.ImageProjectiveTransformV3(
         images=x,
         transforms=transforms,

@@ -97,6 +97,7 @@ def training_batches(
       ContractError: Held in memory: a file is damaged. Streaming finds damage later, as `tf.errors.DataLossError`.
     """
     check_augmentation(augmentation, data.spec)
+    _check_files(data, "train")
     steps = steps_per_epoch(data, batch_size)
     if not steps:
         raise ConfigError(
@@ -301,7 +302,6 @@ def _streamed_batches(
     data: PreparedData, layout: Layout, batch_size: int, seed: Tensor, first_epoch: int
 ) -> tf.data.Dataset:
     """(key, columns) of each batch, from disk: files, then blocks, then rows are shuffled, each within its reach."""
-    _check_files(data, "train")
     files = tf.constant([str(path) for path in data.files("train")], tf.string)
     block_bytes = max(1, data.manifest["block_rows"] * layout.row_bytes)
     buffer = min(_BLOCKS_AT_ONCE, max(1, SHUFFLE_BYTES // block_bytes))
