@@ -5,7 +5,12 @@ import pathlib
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, when TensorFlow loads
 
+import hypothesis
 import pytest
+
+# A busy machine makes any single example slow; the same examples every time keep a failure where it was.
+hypothesis.settings.register_profile("trimline", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("trimline")
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from components.data.csvfile import is_gzip
+from components.data.csvfile import is_gzip, readable
 from components.errors import ConfigError, DataError
 from components.options import ArraysSource, DigitsSource, IdxSource, LineSource
 
@@ -98,8 +98,7 @@ def _load(files: ArrayFiles, _stamps: tuple[int, ...]) -> tuple[np.ndarray, np.n
     if files.kind == "idx":
         x, y = _idx(files.x), _idx(files.y)
     else:
-        with np.load(files.x) as stored:
-            x, y = stored["x"], stored["y"]
+        x, y = _npz(files.x, "x"), _npz(files.y, "y")
     return x if x.ndim in (2, 4) else x[..., None], y
 
 
@@ -131,8 +130,7 @@ def labels(files: ArrayFiles) -> np.ndarray:
         return _line(*files.line)[1]
     if files.kind == "idx":
         return _idx(files.y)
-    with np.load(files.y) as stored:
-        return stored["y"]
+    return _npz(files.y, "y")
 
 
 def _open(path: str) -> Any:
@@ -140,7 +138,7 @@ def _open(path: str) -> Any:
 
 
 def _idx_header(path: str, _name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    with _open(path) as file:
+    with readable(path), _open(path) as file:
         return _read_idx_header(path, file)
 
 
@@ -157,7 +155,7 @@ def _read_idx_header(path: str, file: Any) -> tuple[tuple[int, ...], np.dtype[An
 
 
 def _idx(path: str) -> np.ndarray:
-    with _open(path) as file:
+    with readable(path), _open(path) as file:
         shape, dtype = _read_idx_header(path, file)
         content = file.read()
     if len(content) != int(np.prod(shape)) * dtype.itemsize:
@@ -167,12 +165,17 @@ def _idx(path: str) -> np.ndarray:
     return np.frombuffer(content, dtype).reshape(shape).astype(dtype.newbyteorder("="))
 
 
+def _npz(path: str, name: str) -> np.ndarray:
+    with readable(path), np.load(path) as stored:
+        return stored[name]
+
+
 def _npz_header(path: str, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
     if not zipfile.is_zipfile(path):
         raise DataError(
             f"{path}: a .npz file with arrays x and y is needed, got something else; write it with numpy.savez."
         )
-    with zipfile.ZipFile(path) as archive:
+    with readable(path), zipfile.ZipFile(path) as archive:
         if f"{name}.npy" not in archive.namelist():
             held = ", ".join(member.removesuffix(".npy") for member in archive.namelist())
             raise DataError(f"{path}: arrays x and y are needed, got {held or 'none'}; name them so.")

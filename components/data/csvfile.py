@@ -8,11 +8,14 @@ Where that fails, the line is malformed and reading goes on behind it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import io
 import pathlib
 import threading
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -22,6 +25,7 @@ import pyarrow.csv
 
 from components.data.hashing import Part
 from components.data.transform import Coded, parse_cells, strip
+from components.errors import DataError
 
 LONGEST_RECORD = 1 << 20  # bytes; a quoted field that does not close within is taken as never closed
 NOT_CLOSED = "a quote opens a field and does not close it before a delimiter or the line's end"
@@ -102,6 +106,24 @@ def is_gzip(path: pathlib.Path) -> bool:
 
 def read_range(path: pathlib.Path, start: int, size: int) -> bytes:
     """At most `size` bytes from `start` on, of the decompressed content."""
+    with readable(path):
+        return _read_range(path, start, size)
+
+
+@contextlib.contextmanager
+def readable(path: pathlib.Path | str) -> Iterator[None]:
+    """Says in our words that a file cannot be read.
+
+    Raises:
+      DataError: Absent, cut short, damaged, or not allowed.
+    """
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: a readable file is needed, got: {error}; get the file again.") from error
+
+
+def _read_range(path: pathlib.Path, start: int, size: int) -> bytes:
     if not is_gzip(path):
         with path.open("rb") as file:
             file.seek(start)

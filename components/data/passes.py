@@ -30,6 +30,7 @@ from components.data.schema import Schema
 from components.data.source import Descriptor
 from components.data.statistics import Statistics
 from components.data.transform import Transform
+from components.errors import TrimlineError
 from components.options import PreprocessOptions, Source, SplitOptions
 
 WORK = ".work"  # folder for what only this run needs
@@ -145,31 +146,53 @@ def run(
       merge: Associative and commutative.
       descriptors: At least one.
       progress: Told the number of records that are done, now and then, from another thread.
+
+    Raises:
+      TrimlineError: What `work` raised, on the first descriptor that it raised on.
     """
-    beam, runner, options = _beam(job.options)
     folder = job.folder / WORK
     folder.mkdir(exist_ok=True)
     result = folder / f"{name}.pickle"
-    with _watched(folder, name, descriptors, progress), beam.Pipeline(runner=runner, options=options) as pipeline:
-        _ = (
-            pipeline
-            | "descriptors" >> beam.Create([pickle.dumps(each) for each in descriptors])
-            | name >> beam.Map(functools.partial(_worked, name, work, job))
-            | "merge" >> beam.CombineGlobally(functools.partial(_merged, merge)).without_defaults()
-            | "leave" >> beam.Map(functools.partial(_left, result))
-        )
-    return pickle.loads(result.read_bytes())
+    with _root_logger_kept(), _watched(folder, name, descriptors, progress):
+        beam, runner, options = _beam(job.options)
+        with beam.Pipeline(runner=runner, options=options) as pipeline:
+            _ = (
+                pipeline
+                | "descriptors" >> beam.Create([pickle.dumps(each) for each in descriptors])
+                | name >> beam.Map(functools.partial(_worked, name, work, job))
+                | "merge" >> beam.CombineGlobally(functools.partial(_merged, merge)).without_defaults()
+                | "leave" >> beam.Map(functools.partial(_left, result))
+            )
+    made = pickle.loads(result.read_bytes())
+    if isinstance(made, _Stopped):
+        raise made.error
+    return made
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stopped:
+    """Travels in place of a result, as Beam would bury the error in one of its own."""
+
+    index: int
+    error: TrimlineError
 
 
 def _worked(name: str, work: Callable[[Job, Descriptor], Any], job: Job, element: bytes) -> bytes:
     descriptor: Descriptor = pickle.loads(element)
-    made = pickle.dumps(work(job, descriptor))
+    made: Any
+    try:
+        made = work(job, descriptor)
+    except TrimlineError as error:
+        made = _Stopped(descriptor.index, error)
+    content = pickle.dumps(made)
     (job.folder / WORK / f"{name}-{descriptor.index}.done").touch()
-    return made
+    return content
 
 
 def _merged(merge: Callable[[Iterable[Any]], Any], parts: Iterable[bytes]) -> bytes:
-    return pickle.dumps(merge(pickle.loads(part) for part in parts))
+    made = [pickle.loads(part) for part in parts]
+    stopped = [part for part in made if isinstance(part, _Stopped)]
+    return pickle.dumps(min(stopped, key=lambda part: part.index) if stopped else merge(made))
 
 
 def _left(path: pathlib.Path, value: bytes) -> None:
@@ -205,22 +228,24 @@ def _beam(options: PreprocessOptions) -> tuple[Any, Any, Any]:
 
     The runner is named because Beam's default one first tries to download another.
     """
-    with _unheard():
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # importing Beam warns about Google Cloud clients
+    try:
         import apache_beam
         from apache_beam.options.pipeline_options import PipelineOptions
         from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+    finally:
+        logging.disable(disabled)
     many = options.runner == "multi_processing"
     flags = ["--direct_running_mode=multi_processing", f"--direct_num_workers={options.workers}"] if many else []
     return apache_beam, FnApiRunner(), PipelineOptions(flags)
 
 
 @contextlib.contextmanager
-def _unheard() -> Iterator[None]:
-    """Importing Beam logs a warning about Google Cloud clients, and so gives the root logger a handler."""
-    handlers, disabled = list(logging.root.handlers), logging.root.manager.disable
-    logging.disable(logging.WARNING)
+def _root_logger_kept() -> Iterator[None]:
+    """Beam calls `logging.basicConfig()`, which would give a program without handlers one on its screen."""
+    handlers = list(logging.root.handlers)
     try:
         yield
     finally:
-        logging.disable(disabled)
         logging.root.handlers[:] = handlers

