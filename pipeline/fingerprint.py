@@ -48,10 +48,12 @@ def fingerprint(stage: Stage, options: Mapping[str, Any], inputs: Iterable[str],
 
 
 def code_digest(stage: Stage) -> str:
-    """SHA-256 over the stage's function and every module of ours that its modules lead to."""
+    """SHA-256 over the stage's function, every module of ours that its modules lead to, and its other files."""
     digest = hashlib.sha256(_tree_text(inspect.getsource(stage.run)).encode())
     for name in sorted(_closure(stage.modules)):
         digest.update(f"{name}\n{_source(name)[1]}\n".encode())
+    for name in stage.files:
+        digest.update((_ROOT / name).read_bytes())
     return digest.hexdigest()
 
 

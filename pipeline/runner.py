@@ -59,7 +59,9 @@ def run(
     results = Results(folder)
     if "report" in done:
         publish(done["select"] / FILE, folder / FILE)
-        publish(done["report"] / "report.html", results.report)
+        for page in ("report.html", "report.png"):
+            if (done["report"] / page).exists():
+                publish(done["report"] / page, folder / page)
         if results.selected:
             publish(done["bundle"], folder / "bundle")
     return results

@@ -86,6 +86,7 @@ class Stage:
       run: Calls the stage's verb.
       modules: Where its code is; these and all that they import from `components` go into the fingerprint.
       libraries: Distributions whose versions go into the fingerprint.
+      files: What else its result depends on, below the repository's root.
       resumes: True where the verb goes on from what a killed attempt left.
     """
 
@@ -94,6 +95,7 @@ class Stage:
     run: Callable[[Call], None]
     modules: tuple[str, ...]
     libraries: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
     resumes: bool = False
 
 
@@ -247,11 +249,19 @@ def _bundle(call: Call) -> None:
 
 
 def _report(call: Call) -> None:
-    from components.delivery.report import report
+    from components.delivery.report import picture, report
 
-    measured = {name.removeprefix("measure "): path for name, path in call.takes.items() if name.startswith("measure ")}
-    report(read_json(call.takes["select"] / results.FILE), call.folder)
-    del measured
+    value = read_json(call.takes["select"] / results.FILE)
+    chosen = call.takes.get(f"measure {value['selected']}")
+    report(
+        value,
+        call.folder,
+        labels=call.data.spec.labels,
+        predictions=None if chosen is None else chosen / "predictions.npz",
+        history=read_json(call.takes["train"] / "history.json"),
+    )
+    if any(variant["status"] == "ok" for variant in value["variants"]):
+        picture(value, call.folder / "report.png")
 
 
 def _relative(path: pathlib.Path) -> str:
@@ -359,6 +369,7 @@ JOURNEY = (
         _report,
         ("components.delivery.report",),
         ("matplotlib", "jinja2"),
+        ("components/delivery/report.html",),
     ),
 )
 STAGES = {stage.name: stage for stage in JOURNEY}
