@@ -6,17 +6,16 @@ import pathlib
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from components.artifacts import Batches, PreparedData, TFLiteFile
-from components.data.blocks import read_blocks
+from components.data.dataset import make_batches, read
 from components.data.preprocess import preprocess
-from components.data.transform import Transform
 from components.delivery.bundle import bundle
 from components.delivery.export import export
 from components.delivery.measure import measure
 from components.options import (
     ArraysSource,
+    Augmentation,
     BundleOptions,
     ColumnOptions,
     CsvSource,
@@ -42,7 +41,7 @@ class Made:
 
     @property
     def batches(self) -> Batches:
-        return ordered_batches(self.data)
+        return make_batches(self.data, augmentation=Augmentation())
 
     def keras_outputs(self, inputs):
         return self.model(inputs, training=False).numpy()
@@ -58,21 +57,6 @@ class Made:
         }
         given |= {key: changed.pop(key) for key in list(changed) if key in given}
         return bundle(*given.values(), folder, **(said | changed), trace=trace or Trace())
-
-
-def rows_of(data, split):
-    """(inputs, labels) as blocks hold them."""
-    transform = Transform.from_json(data.transform)
-    blocks = [block for path in data.files(split) for block in read_blocks(path)]
-    inputs = [transform.to_inputs({k: v for k, v in block.items() if k != "label"}) for block in blocks]
-    return np.concatenate(inputs), np.concatenate([block["label"] for block in blocks])
-
-
-def ordered_batches(data):
-    def ordered(split, batch_size):
-        return tf.data.Dataset.from_tensor_slices(rows_of(data, split)).batch(batch_size)
-
-    return Batches(spec=data.spec, training=lambda *_: None, ordered=ordered, rows={})
 
 
 def make(folder, source, options, format, task, path=None):
@@ -92,12 +76,12 @@ def make(folder, source, options, format, task, path=None):
             keras.layers.Dense(spec.outputs),
         ]
     )
-    calibration = rows_of(data, "calibration")[0]
+    calibration = read(data, "calibration")[0]
     file = export(format, format, model, spec, "logits", ExportOptions(), calibration, places[1], seed=0, trace=Trace())
     measured = measure(
         file,
-        lambda: rows_of(data, "test"),
-        lambda: rows_of(data, "validation"),
+        lambda: read(data, "test"),
+        lambda: read(data, "validation"),
         spec,
         MeasureOptions(runs=5, warmup=1),
         places[2],
