@@ -107,3 +107,11 @@ def test_empty_lines_are_no_records(tmp_path, content):
     path = tmp_path / "a.csv"
     path.write_bytes(content)
     assert read_all(path, 1 << 10) == ([], [], 0)
+
+
+def test_a_field_that_never_closes_is_blamed_on_the_line_that_opened_it(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('1,2,3\n"a\n"" b,2,3\n1,2,3\n')
+    rows, bad, _ = read_all(path, 10_000)
+    assert len(rows) == 2
+    assert [each.position for each in bad] == ["line 2", "line 3"]
