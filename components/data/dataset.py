@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -107,11 +107,13 @@ def training_batches(
     small = data.rows("train") * inputs.layout.row_bytes <= resident_bytes
     make = _resident_batches if small else _streamed_batches
 
-    def finish(key: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
-        x, y = inputs.expand(columns)
-        return augment(x, key, augmentation), y
+    made, columns_of = make(data, inputs.layout, batch_size, tf.constant(seed, tf.int64), first_epoch)
 
-    made = make(data, inputs.layout, batch_size, tf.constant(seed, tf.int64), first_epoch)
+    def finish(key: Tensor, step: Tensor, chosen: Any) -> tuple[Tensor, Tensor]:
+        x, y = inputs.expand(columns_of(chosen))
+        return augment(x, _key(key, _FIRST_STEP + step), augmentation), y
+
+    # One map for all that a batch needs: each further one costs a small batch as much as its work.
     made = made.map(finish, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     made = made.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
     return _with_options(made)
@@ -279,29 +281,28 @@ def _shuffled(values: Tensor, key: Tensor) -> Tensor:
 
 def _resident_batches(
     data: PreparedData, layout: Layout, batch_size: int, seed: Tensor, first_epoch: int
-) -> tf.data.Dataset:
-    """(key, columns) of each batch, gathered from memory in an order that is drawn anew each epoch."""
+) -> tuple[tf.data.Dataset, Callable[[Tensor], Columns]]:
+    """(epoch's key, step, row numbers) of each batch, drawn anew each epoch, and the function that gathers these from memory."""
     rows, steps = data.rows("train"), steps_per_epoch(data, batch_size)
     with tf.device("CPU:0"):  # else a GPU would hold them, and tf.data would fetch them back row by row
         columns = {name: tf.constant(value) for name, value in _columns(data, "train", layout, rows).items()}
 
-    def places(epoch: Tensor) -> tf.data.Dataset:
+    def one_epoch(epoch: Tensor) -> tf.data.Dataset:
         key = tf.stack([seed, epoch])
         order = _shuffled(tf.range(rows), _key(key, _ROWS))
-        each = tf.reshape(order[: steps * batch_size], (steps, batch_size))
-        return tf.data.Dataset.from_tensor_slices((tf.repeat(key[tf.newaxis], steps, 0), tf.range(steps), each))
+        chosen = tf.reshape(order[: steps * batch_size], (steps, batch_size))
+        return tf.data.Dataset.from_tensor_slices((tf.repeat(key[tf.newaxis], steps, 0), tf.range(steps), chosen))
 
-    def gather(key: Tensor, step: Tensor, chosen: Tensor) -> tuple[Tensor, Columns]:
-        return _key(key, _FIRST_STEP + step), {name: tf.gather(value, chosen) for name, value in columns.items()}
+    def gather(chosen: Tensor) -> Columns:
+        return {name: tf.gather(value, chosen) for name, value in columns.items()}
 
-    made = tf.data.Dataset.counter(first_epoch).flat_map(places)
-    return made.map(gather, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return tf.data.Dataset.counter(first_epoch).flat_map(one_epoch), gather
 
 
 def _streamed_batches(
     data: PreparedData, layout: Layout, batch_size: int, seed: Tensor, first_epoch: int
-) -> tf.data.Dataset:
-    """(key, columns) of each batch, from disk: files, then blocks, then rows are shuffled, each within its reach."""
+) -> tuple[tf.data.Dataset, Callable[[Columns], Columns]]:
+    """(epoch's key, step, columns) of each batch, from disk: files, then blocks, then rows are shuffled, each within its reach."""
     files = tf.constant([str(path) for path in data.files("train")], tf.string)
     block_bytes = max(1, data.manifest["block_rows"] * layout.row_bytes)
     buffer = min(_BLOCKS_AT_ONCE, max(1, SHUFFLE_BYTES // block_bytes))
@@ -316,9 +317,9 @@ def _streamed_batches(
         made = made.map(functools.partial(parse, layout), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         made = made.rebatch(super_rows).enumerate().map(functools.partial(_permuted, _key(key, _ROWS)))
         made = made.rebatch(batch_size, drop_remainder=True).enumerate()
-        return made.map(lambda step, columns: (_key(key, _FIRST_STEP + step), columns))
+        return made.map(lambda step, columns: (key, tf.cast(step, tf.int32), columns))
 
-    return tf.data.Dataset.counter(first_epoch).flat_map(one_epoch)
+    return tf.data.Dataset.counter(first_epoch).flat_map(one_epoch), lambda columns: columns
 
 
 def _permuted(key: Tensor, number: Tensor, columns: Columns) -> Columns:
