@@ -27,7 +27,7 @@ from components.artifacts import SPLITS, Batches, PreparedData, TFLiteFile, read
 from components.data import transform as transform_source
 from components.delivery import predictor
 from components.delivery.card import model_card
-from components.delivery.skew import delivered, feature_names, golden_features, skew_gate
+from components.delivery.skew import delivered, feature_names, golden_features, neighbours, skew_gate
 from components.errors import ConfigError, ContractError, DataError
 from components.options import BundleOptions
 from components.tracing import Trace
@@ -88,6 +88,7 @@ def bundle(
         format=file.facts["format"],
         keras_outputs=keras_outputs,
         tf_inputs=None if batches is None else delivered(batches, golden),
+        more_inputs=None if batches is None else neighbours(batches, golden),
     )
     trace.progress(2, 3, "golden samples and model card")
     _write_golden(folder, file, golden, gate["outputs"])

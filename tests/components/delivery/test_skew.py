@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from components.artifacts import read_json, write_json
-from components.delivery.skew import KERAS_TOLERANCE, delivered, golden_features, skew_gate
+from components.delivery.skew import KERAS_TOLERANCE, delivered, golden_features, neighbours, skew_gate
 from components.errors import ContractError
 
 
@@ -136,6 +136,21 @@ def test_a_float_file_is_held_to_more(gate, made):
     toy = made("values")
     with pytest.raises(ContractError, match=r"seam keras: float32 answers may differ by 0\.005"):
         gate("values", keras_outputs=lambda inputs: toy.keras_outputs(inputs) * 1.02)
+
+
+def test_one_record_is_weighed_against_the_usual_answers_not_against_itself(gate, made):
+    toy = made("values")
+    one = golden_of(toy)[:1]
+    given = {
+        "golden": one,
+        "tf_inputs": delivered(toy.batches, one),
+        "format": "int8",
+        "keras_outputs": lambda inputs: toy.keras_outputs(inputs) * 1.05,
+    }
+    with pytest.raises(ContractError, match=r"got 0\.95"):  # 0.05 of the answer, where 0.05 of the answer is the spread
+        gate("values", **given)
+    found = gate("values", **given, more_inputs=neighbours(toy.batches, one))
+    assert found["seams"]["keras"]["difference"] < 0.06
 
 
 def test_answers_that_are_not_numbers_fail(gate, made):
