@@ -122,12 +122,7 @@ def skew_gate(
     predictor = Predictor(folder)
     features = golden_features(golden)
     raw = [entry["raw"] for entry in golden]
-    try:
-        made = predictor.features(raw)
-    except ValueError as error:
-        raise ContractError(
-            f"skew gate, seam beam: the bundle's transform refuses a golden record: {error} Run preprocess again with --force."
-        ) from error
+    made = _made(predictor, raw)
     _same_features(made, features, predictor.transform)
     inputs = predictor.transform.to_inputs(features)
     if tf_inputs is not None:
@@ -152,6 +147,16 @@ def skew_gate(
             "bundle": "exact",
         },
     }
+
+
+def _made(predictor: Predictor, raw: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Features as the bundle makes them."""
+    try:
+        return predictor.features(raw)
+    except ValueError as error:
+        raise ContractError(
+            f"skew gate, seam beam: the bundle's transform refuses a golden record: {error} Run preprocess again with --force."
+        ) from error
 
 
 def _same_features(made: Mapping[str, np.ndarray], stored: Mapping[str, np.ndarray], transform: Any) -> None:
