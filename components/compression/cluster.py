@@ -97,7 +97,7 @@ def cluster(
 def distinct_weights(model: tf_keras.Model) -> dict[str, float]:
     """Number of different centroids of each wrapped layer (most in one channel), by layer name."""
     return {
-        layer.layer.name: float(max(len(np.unique(row)) for row in np.atleast_2d(np.asarray(centroids))))
+        layer.layer.name: float(max(len(np.unique(row)) for row in np.atleast_2d(centroids.numpy())))
         for layer in model.layers
         if isinstance(layer, ClusterWeights)
         for centroids in layer.cluster_centroids.values()

@@ -71,6 +71,11 @@ class Setting:
         """Optimizer updates in the whole step."""
         return self.steps_per_epoch * self.options.epochs
 
+    @property
+    def learning_rate(self) -> Any:
+        """By update: a cosine from the options' rate to zero at the end of the step."""
+        return tf_keras.optimizers.schedules.CosineDecay(self.options.learning_rate, self.updates)
+
 
 def finetune(
     model: tf_keras.Model,
@@ -94,9 +99,7 @@ def finetune(
       ModelError: The loss is not finite.
     """
     with setting.strategy.scope():
-        optimizer = tf_keras.optimizers.Adam(
-            tf_keras.optimizers.schedules.CosineDecay(setting.options.learning_rate, setting.updates)
-        )
+        optimizer = tf_keras.optimizers.Adam(setting.learning_rate)
         optimizer.build(model.trainable_variables)
         model.compile(optimizer, _loss(setting), [_metric(setting)], jit_compile=False)
     checkpoints = _Checkpoints(model, optimizer, setting)
@@ -179,7 +182,7 @@ class _Voice(tf_keras.callbacks.Callback):
         for name, value in (logs or {}).items():
             split = "validation" if name.startswith("val_") else "train"
             self.setting.trace.scalar(f"{split}/{name.removeprefix('val_')}", float(value), epoch + 1)
-        rate = float(np.asarray(self.model.optimizer.learning_rate))
+        rate = float(self.setting.learning_rate((epoch + 1) * self.setting.steps_per_epoch))
         self.setting.trace.scalar("train/learning_rate", rate, epoch + 1)
 
 

@@ -63,7 +63,7 @@ class Kernel:
     @property
     def values(self) -> np.ndarray:
         """float32, in the layout of Keras."""
-        return np.asarray(self.variable)
+        return self.variable.numpy()
 
     @property
     def size(self) -> int:

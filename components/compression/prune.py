@@ -109,7 +109,7 @@ def mask_sparsity(model: tf_keras.Model) -> dict[str, float]:
     """Fraction of zeros in the mask of each wrapped layer, by layer name; weights follow their mask at the next update."""
     wrapped = [layer for layer in model.layers if isinstance(layer, PruneLowMagnitude)]
     return {
-        layer.layer.name: float(np.mean([1 - np.mean(np.asarray(mask)) for _, mask, _ in layer.pruning_vars]))
+        layer.layer.name: float(np.mean([1 - np.mean(mask.numpy()) for _, mask, _ in layer.pruning_vars]))
         for layer in wrapped
     }
 

@@ -372,7 +372,7 @@ def _activation_ranges(model: tf_keras.Model) -> list[Any]:
 def trained_kernels(model: tf_keras.Model) -> dict[str, np.ndarray]:
     """Kernels of a quantized model by layer name, in the layout of Keras: what was trained, before rounding."""
     return {
-        layer.layer.name: np.asarray(layer._weight_vars[0][0])
+        layer.layer.name: layer._weight_vars[0][0].numpy()
         for layer in model.layers
         if isinstance(layer, quantize_wrapper.QuantizeWrapper) and layer._weight_vars
     }
