@@ -120,7 +120,10 @@ def inspect(file: Annotated[pathlib.Path, typer.Argument(help="A .tflite file.")
 
 @app.command()
 def verify(folder: Annotated[pathlib.Path, typer.Argument(help="A bundle folder.")], as_json: AsJson = False) -> None:
-    """Check a bundle: checksums, and the golden samples through its transform and its file."""
+    """Check a bundle: checksums, and the golden samples through its transform and its file.
+
+    Runs the bundle's own transform.py, so check only bundles that you trust.
+    """
     from pipeline import tables
 
     with _errors():
@@ -136,7 +139,10 @@ def predict(
     source: Annotated[pathlib.Path, typer.Argument(metavar="INPUT", help=".csv, .npy, .json or an image file.")],
     as_json: AsJson = False,
 ) -> None:
-    """Answer raw records with a bundle, exactly as its own predict.py does."""
+    """Answer raw records with a bundle, exactly as its own predict.py does.
+
+    Runs the bundle's own transform.py, so use only bundles that you trust.
+    """
     from pipeline import tables
 
     with _errors():

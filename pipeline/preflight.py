@@ -94,7 +94,7 @@ def _key(plan: Plan) -> Key:
     )
     facts = {
         "model": plan.config.model.model_dump(),
-        "exclude": {name: getattr(plan.config.compress, name).exclude for name in ("prune", "cluster", "qat")},
+        "compress": plan.config.compress.model_dump(),
         "recipes": list(map(str, recipes(plan.config))),
         "spec": spec.to_json() if spec else None,
         "train": train.stage.name,
@@ -122,7 +122,7 @@ def _probe(plan: Plan) -> list[Finding]:
     if not any(recipe.steps for recipe in recipes(plan.config)):
         return []
     try:
-        return [Finding("warning", line) for line in unsupported(model, recipes(plan.config))]
+        return [Finding("warning", line) for line in unsupported(model, recipes(plan.config), plan.config.compress)]
     except TrimlineError as error:
         return [Finding("warning", str(error))]
 

@@ -17,7 +17,7 @@ from pipeline.plan import Plan, Step, check_stages, make_plan
 from pipeline.results import FILE, Results
 from pipeline.screen import Screen
 from pipeline.stages import JOURNEY, Call
-from pipeline.store import publish
+from pipeline.store import EVENTS, publish
 
 log = logging.getLogger("trimline")
 
@@ -136,9 +136,9 @@ def _carry_out(
     else:
 
         def work(partial: pathlib.Path) -> None:
-            _link(place, partial / "tensorboard")
+            _link(place, partial / EVENTS)
             log.info("%s starts in %s", step.name, partial)
-            trace = Trace(partial / "tensorboard", screen.progress, screen.warn)
+            trace = Trace(partial / EVENTS, screen.progress, screen.warn)
             seconds = {each.name: store.seconds(plan.key(each, failures)) for each in plan.steps if each.name in done}
             with trace:
                 taken = {name: done[name] for name in step.takes if name in done}
@@ -149,7 +149,7 @@ def _carry_out(
 
         with screen.step(step.name, number):
             store.build(key, work, resumes=step.stage.resumes, waiting=lambda: screen.waiting(step.name))
-    _link(place, store.folder(key) / "tensorboard")
+    _link(place, store.folder(key) / EVENTS)
     return store.folder(key)
 
 

@@ -297,7 +297,6 @@ JOURNEY = (
         _preprocess,
         ("components.data.preprocess",),
         ("apache-beam", "numpy", "pyarrow", "pillow", "scikit-learn", "datasketches"),
-        resumes=True,
     ),
     Stage(
         "train",

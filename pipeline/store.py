@@ -26,6 +26,7 @@ from components.artifacts import read_json, write_json
 from components.errors import ContractError
 
 MARKER = "COMPLETED"
+EVENTS = "tensorboard"
 DISK_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -153,11 +154,14 @@ class Store:
 
 
 def publish(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies a file or folder to `target` by a rename at the end, replacing what was there."""
+    """Copies a file or an artifact's folder to `target` by a rename at the end, replacing what was there.
+
+    What the store and TensorBoard added to an artifact stays behind.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     if source.is_dir():
-        shutil.copytree(source, temporary, dirs_exist_ok=True)
+        shutil.copytree(source, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MARKER, EVENTS))
         Store._discard(target)
     else:
         shutil.copy2(source, temporary)

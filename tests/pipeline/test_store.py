@@ -147,6 +147,8 @@ def test_publish_replaces_a_folder_whole(tmp_path):
     source, target = tmp_path / "a", tmp_path / "run" / "bundle"
     source.mkdir()
     (source / "new").write_text("1")
+    (source / MARKER).write_text("{}")
+    (source / "tensorboard").mkdir()
     target.mkdir(parents=True)
     (target / "old").write_text("0")
     publish(source, target)
