@@ -82,7 +82,7 @@ def _found(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _read(path: pathlib.Path) -> Checkpoint:
-    with np.load(path, allow_pickle=False) as file:
+    with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:  # np.load leaves a damaged file open
         facts = json.loads(file["facts"].tobytes())
         arrays: dict[str, list[np.ndarray]] = {}
         for name in sorted(file.files):

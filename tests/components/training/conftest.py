@@ -10,15 +10,11 @@ from components.artifacts import Batches, DataSpec
 from components.options import StrategyOptions
 from pipeline.strategy import make_strategy
 
-# Devices are fixed once TensorFlow starts, so this is said at collection, before the first test of any folder runs.
-_CPU = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(_CPU, [tf.config.LogicalDeviceConfiguration()] * 2)
-
 
 @pytest.fixture
-def mirrored() -> tf.distribute.Strategy:
+def mirrored(two_devices: list[str]) -> tf.distribute.Strategy:
     """Two logical CPU devices."""
-    return make_strategy(StrategyOptions(name="mirrored", devices=2))
+    return make_strategy(StrategyOptions(name="mirrored", devices=len(two_devices)))
 
 
 def batches_of(spec: DataSpec, **splits: tuple[np.ndarray, np.ndarray]) -> Batches:

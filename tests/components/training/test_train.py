@@ -103,33 +103,47 @@ def test_a_model_that_ends_in_softmax_trains_on_its_probabilities(pictures, tmp_
 # --- seeds, kills and resumes --------------------------------------------------------------------------------------
 
 
-def start(folder: pathlib.Path, die_at: float) -> subprocess.CompletedProcess:
-    folder.mkdir(exist_ok=True)
+def test_a_killed_training_started_again_ends_in_the_same_bits(pictures, tmp_path):
+    model = ModelOptions(name="cnn", options={"filters": [8, 8], "dropout": 0.3})
+    rates = {"name": "adamw", "learning_rate": 0.01, "weight_decay": 1e-3, "schedule": "cosine", "warmup_epochs": 1}
+    options = TrainOptions(epochs=5, batch_size=32, optimizer=rates, early_stopping={"patience": 4})
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    cut.mkdir()
     here = pathlib.Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": f"{here.parents[2]}{os.pathsep}{here}"}
-    command = [sys.executable, "-m", "killed", folder, str(die_at)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-
-
-def test_a_killed_training_started_again_ends_in_the_same_bits(tmp_path):
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    assert start(undisturbed, 0).returncode == 0
-    assert start(killed, 2.4).returncode == -signal.SIGKILL
-    assert sorted(path.name for path in killed.iterdir()) == ["checkpoint-000001.npz", "checkpoint-000002.npz"]
-    assert start(killed, 4).returncode == -signal.SIGKILL  # resumed, and killed again before its checkpoint
-    (killed / ".checkpoint-000004.npz.123").write_bytes(b"half")
-    newest = killed / "checkpoint-000003.npz"
+    command = [sys.executable, "-m", "killed", cut, "3.4", model.model_dump_json(), options.model_dump_json()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert sorted(path.name for path in cut.iterdir()) == ["checkpoint-000002.npz", "checkpoint-000003.npz"]
+    newest = cut / "checkpoint-000003.npz"
     newest.write_bytes(newest.read_bytes()[:-200])
-    last = start(killed, 0)
-    assert last.returncode == 0, last.stderr
-    assert "checkpoint-000003.npz is damaged" in last.stdout
-    with np.load(undisturbed / "weights.npz") as one, np.load(killed / "weights.npz") as other:
-        assert one.files == other.files
-        assert all(np.array_equal(one[name], other[name]) for name in one.files)
-    one, other = (json.loads((folder / "history.json").read_text()) for folder in (undisturbed, killed))
+    (cut / ".checkpoint-000004.npz.123").write_bytes(b"half")
+    said = []
+    undisturbed = run(whole, options, pictures, model)
+    resumed = run(cut, options, pictures, model, trace=Trace(on_warning=said.append))
+    assert said == [f"{newest.name} is damaged (File is not a zip file); training resumes from the one before it."]
+    assert all(np.array_equal(a, b) for a, b in zip(weights_of(undisturbed), weights_of(resumed), strict=True))
     for name in ("loss", "accuracy", "val_loss", "val_accuracy", "learning_rate"):
-        assert one[name] == other[name]
-    assert not list(killed.glob("*checkpoint*"))
+        assert history_of(undisturbed)[name] == history_of(resumed)[name]
+    assert {path.name for path in cut.iterdir()} == {"model.keras", "history.json", "trained.json"}
+
+
+def test_a_resume_starts_at_the_epoch_after_the_checkpoint(pictures, tmp_path):
+    def interrupt(done, total, note):
+        if done > 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, TrainOptions(epochs=3, batch_size=32), pictures, MLP, trace=Trace(on_progress=interrupt))
+    told = []
+    run(
+        tmp_path,
+        TrainOptions(epochs=3, batch_size=32),
+        pictures,
+        MLP,
+        trace=Trace(on_progress=lambda *a: told.append(a)),
+    )
+    assert 2 < told[0][0] < 3
 
 
 def test_the_seed_fixes_every_bit_and_another_seed_changes_them(pictures, tmp_path):
