@@ -103,6 +103,18 @@ def test_the_first_bytes_are_the_documented_ones() -> None:
     assert record == expected + b"\x07\x00\x00\x00\x08\x00\x00\x00"
 
 
+@pytest.mark.parametrize("place", [6, 23])
+def test_a_header_that_encode_would_not_have_written_is_refused(place: int) -> None:
+    record = bytearray(encode({"label": np.array([7, 8], np.int32)}))
+    record[place] += 8  # the header's size, or a byte of the name
+    if place == 6:
+        record[24:24] = bytes(8)
+    else:
+        record[19] = 0xFF
+    with pytest.raises(ContractError, match="block: "):
+        decode(bytes(record))
+
+
 def test_a_layout_comes_back_from_its_json() -> None:
     layout = Layout.of({"numbers": ("float32", (3,)), "ids": ("int32", (2,)), "label": ("int32", ())})
     assert layout.to_json()["numbers"] == {"dtype": "float32", "shape": [3]}

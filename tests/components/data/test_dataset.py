@@ -297,6 +297,15 @@ def test_augmentation_is_of_the_training_split_only(pictures: PreparedData) -> N
     assert len(np.unique(noisy)) > 300  # 8 bit pixels have at most 256 values
 
 
+@WAYS
+def test_every_batch_and_epoch_is_augmented_in_its_own_way(tmp_path: pathlib.Path, resident_bytes: int) -> None:
+    same = {"image": np.full((8, 4, 6, 1), 128, np.uint8), "label": np.zeros(8, np.int32)}
+    data = prepared(tmp_path / "d", PICTURES, PICTURE_TRANSFORM, {"train": [[same]]})
+    options = Augmentation(noise=0.1)
+    made = training_batches(data, batch_size=2, seed=0, augmentation=options, resident_bytes=resident_bytes)
+    assert len({x.tobytes() for x, _ in take(made, 3 * 4)}) == 12
+
+
 def test_batches_know_their_spec_and_rows_and_train_a_model(pictures: PreparedData) -> None:
     import keras
 
