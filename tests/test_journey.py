@@ -17,12 +17,12 @@ CONFIG = {
     "seed": 3,
     "source": {"kind": "arrays", "train": "digits.npz"},
     "preprocess": {"block_rows": 64, "splits": {"test": 0.25, "validation": 0.15, "calibration": 0.1}},
-    "model": {"name": "cnn", "options": {"filters": [8, 16]}},
-    "train": {"epochs": 6, "batch_size": 32, "optimizer": {"name": "adam", "learning_rate": 0.01}},
+    "model": {"name": "cnn", "options": {"filters": [16, 32]}},
+    "train": {"epochs": 10, "batch_size": 32, "optimizer": {"name": "adam", "learning_rate": 0.01}},
     "compress": {
         "recipes": ["float16", "dynamic", "int8", "prune@0.5+int8", "prune@0.5+qat"],
-        "prune": {"epochs": 1},
-        "qat": {"epochs": 1},
+        "prune": {"epochs": 8, "frequency": 4},
+        "qat": {"epochs": 2},
     },
     "measure": {"runs": 20, "warmup": 2},
     "select": {"max_metric_drop": 0.2},
@@ -120,7 +120,9 @@ def test_tensorboard_holds_a_run_for_every_stage_in_the_order_of_the_journey(jou
     multiplexer.Reload()
     runs = sorted({name.split("/")[0] for name in multiplexer.Runs()})
     stages = [name.split("-")[1] for name in runs]
-    assert list(dict.fromkeys(stages)) == ["preprocess", "train", "compress", "export", "measure", "select"]
+    assert list(dict.fromkeys(stages)) == [
+        "preprocess", "train", "compress", "export", "measure", "select", "bundle",
+    ]  # fmt: skip
 
 
 def test_inspect_reads_the_chosen_file(journey):
@@ -168,7 +170,7 @@ def test_a_run_killed_while_it_trains_ends_in_the_same_files(journey, results, t
         [sys.executable, "-m", "pipeline", "run", "slice.yaml"], cwd=tmp_path, stdout=subprocess.PIPE
     )
     store = tmp_path / "workspace" / "store"
-    wait_for(lambda: list(store.glob("train/*.partial/checkpoints/*")), process)
+    wait_for(lambda: list(store.glob("train/*.partial/checkpoint*")), process)
     process.kill()
     process.communicate()
     assert not list(store.glob("train/*/COMPLETED"))
@@ -226,7 +228,7 @@ def test_ctrl_c_is_one_line_and_the_next_run_goes_on(tmp_path):
         [sys.executable, "-m", "pipeline", "run", "slice.yaml", "--until", "train"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    wait_for(lambda: list((tmp_path / "workspace" / "store").glob("train/*.partial/checkpoints/*")), process)
+    wait_for(lambda: list((tmp_path / "workspace" / "store").glob("train/*.partial/checkpoint*")), process)
     os.kill(process.pid, 2)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130
