@@ -13,9 +13,9 @@ import numpy as np
 import tensorflow_model_optimization as tfmot
 import tf_keras
 
-# `preserve_sparsity` is not reachable by tfmot's public name.
+# The wrapper itself: tfmot's public name does not pass `preserve_sparsity` on, and the check in front of the experimental
+# one takes the kernel of a convolution without bias for its bias, and so refuses to cluster it by channel.
 from tensorflow_model_optimization.python.core.clustering.keras.cluster_wrapper import ClusterWeights
-from tensorflow_model_optimization.python.core.clustering.keras.experimental.cluster import cluster_weights
 
 from components.compression.kernels import Chosen, Kernel, check_excluded, choose, copy, wrap
 from components.errors import ConfigError
@@ -84,7 +84,7 @@ def cluster(
     return wrap(
         twin,
         chosen.names,
-        lambda layer: cluster_weights(
+        lambda layer: ClusterWeights(
             layer,
             number_of_clusters=clusters,
             cluster_centroids_init=_INITIALIZATIONS[options.initialization],

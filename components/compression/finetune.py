@@ -221,7 +221,7 @@ class _Checkpoints(tf_keras.callbacks.Callback):
         for path in reversed(self.manager.checkpoints):
             try:
                 self.manager.checkpoint.restore(path).assert_consumed()
-            except (tf.errors.OpError, ValueError, AssertionError) as error:
+            except (tf.errors.OpError, ValueError, IndexError, AssertionError) as error:
                 self.setting.trace.warn(
                     f"{pathlib.Path(path).name} is damaged ({type(error).__name__}); {self.setting.step} goes on from the one before."
                 )

@@ -1,0 +1,197 @@
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+from components.artifacts import CompressedModel
+from components.compression.compress import compress, load, unsupported
+from components.delivery.export import export
+from components.delivery.proof import check, read_proof
+from components.errors import ConfigError, ContractError, ModelError
+from components.options import CompressOptions, ExportOptions, PruneOptions, QatOptions
+from components.recipe import parse_recipe
+from components.tracing import Trace
+
+from .conftest import OPTIONS, SPEC, carry_out, draw, small_model, trained
+
+RECIPES = ["prune", "cluster", "prune+cluster", "qat", "prune+qat", "cluster+qat", "prune+cluster+qat"]
+
+
+def step_of(recipe: str):
+    return parse_recipe(recipe, sparsity=0.7, clusters=6).steps
+
+
+def file_of(made: CompressedModel, folder: pathlib.Path, format: str, calibration: np.ndarray):
+    return export(
+        made.facts["recipe"],
+        format,
+        load(made),
+        SPEC,
+        "logits",
+        ExportOptions(),
+        calibration,
+        folder,
+        seed=0,
+        trace=Trace(),
+    )
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_int8_file_holds_what_the_recipe_promised(recipe, compressed, calibration, tmp_path):
+    made = compressed(recipe)
+    proof = read_proof(file_of(made, tmp_path, "int8", calibration).file)
+    assert check(proof, made.promises, "int8") == []
+    assert proof.float_operators == ()
+    assert {kernel.dtype for kernel in proof.weights} == {"int8"}
+    assert len(proof.weights) == 6
+
+
+@pytest.mark.parametrize("recipe", ["prune", "cluster", "prune+cluster"])
+def test_the_float_file_holds_it_too(recipe, compressed, calibration, tmp_path):
+    made = compressed(recipe)
+    assert check(read_proof(file_of(made, tmp_path, "float32", calibration).file), made.promises, "float32") == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_promises_are_those_of_the_recipe(recipe, compressed):
+    promises = {promise.layer: promise for promise in compressed(recipe).promises}
+    treated = {"inner", "point", "hidden"}  # logits is too small to pay, depthwise is never treated
+    for name in treated:
+        assert promises[name].sparsity == (pytest.approx(0.7, abs=0.02) if "prune" in recipe else 0), name
+        assert promises[name].distinct == (6 if "cluster" in recipe else 0), name
+        assert promises[name].quantized == ("qat" in recipe), name
+    assert promises["inner"].shape == (8, 3, 3, 8)
+    assert ("depth" in promises) == ("qat" in recipe)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_compressed_model_still_does_its_task(recipe, compressed, base):
+    x, y = draw(200, 9)
+    accuracy = np.mean(np.argmax(load(compressed(recipe))(x, training=False), -1) == y)
+    assert accuracy > 0.8
+
+
+@pytest.mark.parametrize("recipe", ["prune+cluster", "prune+cluster+qat"])
+def test_an_artifact_stands_on_its_own(recipe, compressed, tmp_path):
+    made = compressed(recipe)
+    moved = CompressedModel(pathlib.Path(shutil.copytree(made.folder, tmp_path / "elsewhere")))
+    x, _ = draw(10, 9)
+    np.testing.assert_array_equal(load(moved)(x, training=False), load(made)(x, training=False))
+    assert not (made.folder / "checkpoints").exists()
+
+
+def test_carried_out_again_a_recipe_gives_the_same_weights(base, batches, compressed, tmp_path):
+    first, again = compressed("prune+cluster+qat"), carry_out("prune+cluster+qat", tmp_path, base, batches, {})
+    with np.load(first.folder / "weights.npz") as a, np.load(again.folder / "weights.npz") as b:
+        assert all(np.array_equal(a[name], b[name]) for name in a.files)
+    assert first.facts == again.facts
+
+
+def test_layers_that_a_step_leaves_alone_are_listed_with_step_and_reason(compressed):
+    untreated = [(each["layer"], each["reason"]) for each in compressed("prune+cluster+qat").facts["untreated"]]
+    assert ("depth", "prune: tfmot does not prune depthwise kernels: few weights, much accuracy") in untreated
+    assert ("depth", "cluster: tfmot does not cluster depthwise kernels: unrecoverable loss of accuracy") in untreated
+    assert [reason[:33] for layer, reason in untreated if layer == "logits"] == ["prune: among the smallest kernels"]
+
+
+def test_what_a_later_step_leaves_out_keeps_what_an_earlier_one_did(base, batches, calibration, tmp_path):
+    options = OPTIONS.model_copy(update={"qat": QatOptions(epochs=1, exclude=["inner", "hidden"])})
+    made = carry_out("prune+qat", tmp_path, base, batches, {}, options=options)
+    promises = {promise.layer: promise for promise in made.promises}
+    assert promises["inner"].sparsity == pytest.approx(0.7, abs=0.02)
+    assert not promises["inner"].quantized
+    assert promises["point"].quantized
+    (tmp_path / "file").mkdir()
+    proof = read_proof(file_of(made, tmp_path / "file", "int8", calibration).file)
+    assert check(proof, made.promises, "int8") == []
+
+
+def test_it_runs_on_two_devices_with_the_result_of_one(two_devices, base, batches, compressed, tmp_path):
+    mirrored = tf.distribute.MirroredStrategy(two_devices)
+    made = carry_out("prune+qat", tmp_path, base, batches, {}, strategy=mirrored)
+    one = compressed("prune+qat")
+    assert made.facts["validation"]["loss"] == pytest.approx(one.facts["validation"]["loss"], abs=0.05)
+    for ours, theirs in zip(made.promises, one.promises, strict=True):
+        assert dataclasses.replace(ours, sparsity=0) == dataclasses.replace(theirs, sparsity=0)
+        assert ours.sparsity == pytest.approx(theirs.sparsity, abs=0.01)
+
+
+@pytest.mark.parametrize("recipe", ["cluster", "cluster+qat"])
+def test_clusters_per_channel_reach_the_file(recipe, base, batches, calibration, tmp_path):
+    options = OPTIONS.model_copy(update={"cluster": OPTIONS.cluster.model_copy(update={"per_channel": True})})
+    made = carry_out(recipe, tmp_path, base, batches, {}, options=options)
+    (tmp_path / "file").mkdir()
+    proof = read_proof(file_of(made, tmp_path / "file", "int8", calibration).file)
+    assert check(proof, made.promises, "int8") == []
+
+
+def test_a_model_without_kernels_is_refused(batches, tmp_path):
+    image = keras.Input((8, 8, 1))
+    model = keras.Model(image, layers.GlobalAveragePooling2D()(layers.DepthwiseConv2D(2, depth_multiplier=3)(image)))
+    base = trained(tmp_path / "base", model)
+    with pytest.raises(
+        ModelError, match=r"prune@0\.7: the model has no layer to work on \('depthwise_conv2d\w*': tfmot"
+    ):
+        carry_out("prune", tmp_path, base, batches, {})
+
+
+def test_a_damaged_base_or_artifact_is_said(base, batches, compressed, tmp_path):
+    broken = shutil.copytree(base.folder, tmp_path / "base")
+    (broken / "model.keras").write_bytes(b"PK")
+    with pytest.raises(ContractError, match=r"model\.keras: a Keras 3 model was promised.*run train again"):
+        carry_out("prune", tmp_path, type(base)(broken), batches, {})
+    for name in ("weights.npz", "twin.json", "quantized.json"):
+        folder = shutil.copytree(compressed("prune+qat").folder, tmp_path / name)
+        (folder / name).write_bytes(b"{")
+        with pytest.raises(ContractError, match=r"run (compress|the stage) again"):
+            load(CompressedModel(folder))
+
+
+def test_before_a_run_untreated_layers_and_impossible_steps_are_told():
+    recipes = [parse_recipe(text, sparsity=0.7, clusters=6) for text in ("int8", "prune+qat", "cluster")]
+    lines = unsupported(small_model(), recipes)
+    assert (
+        "cluster leaves layer 'depth' (DepthwiseConv2D) alone: tfmot does not cluster depthwise kernels: unrecoverable loss of accuracy"
+        in lines
+    )
+    assert not any(line.startswith("qat") for line in lines)
+    assert unsupported(small_model(), recipes[:1]) == []
+
+    image = keras.Input((8, 8, 1))
+    bare = keras.Model(image, layers.Dense(3)(layers.LSTM(4)(layers.Reshape((8, 8))(image))), name="bare")
+    options = CompressOptions(prune=PruneOptions(exclude=["dense"]))
+    bare.layers[-1].name = "dense"
+    lines = unsupported(bare, recipes[1:2], options)
+    assert "prune finds nothing to work on in model 'bare': its recipes will fail; drop them." in lines
+    assert any("LSTM" in line and line.startswith("qat leaves") for line in lines)
+
+
+def test_the_face_is_json_and_written_last(compressed):
+    face = json.loads((compressed("prune").folder / "compressed.json").read_text())
+    assert face["recipe"] == "prune@0.7"
+    assert face["outputs"] == "logits"
+    assert not face["quantized"]
+    assert set(face["validation"]) == {"loss", "accuracy"}
+
+
+def test_excluding_an_unknown_layer_is_refused_before_training(base, batches, tmp_path):
+    options = CompressOptions(prune=PruneOptions(exclude=["innner"]))
+    with pytest.raises(ConfigError, match=r"did you mean 'inner'"):
+        compress(
+            *(step_of("prune") + (step_of("prune"),)),
+            options,
+            base,
+            None,
+            batches,
+            tmp_path,
+            strategy=tf.distribute.get_strategy(),
+            batch_size=32,
+            seed=0,
+            trace=Trace(),
+        )

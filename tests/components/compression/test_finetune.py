@@ -1,0 +1,170 @@
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+
+from components.artifacts import DataSpec
+from components.compression.finetune import Setting, evaluate, finetune
+from components.errors import ConfigError, ModelError
+from components.options import FineTune
+from components.tracing import Trace
+
+from .conftest import batches_of, small_batches
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+
+
+def setting(folder: pathlib.Path, **changes) -> Setting:
+    made = Setting(
+        step="prune@0.5",
+        options=FineTune(epochs=3, learning_rate=0.01),
+        batches=small_batches(),
+        batch_size=32,
+        outputs="logits",
+        seed=1,
+        folder=folder,
+        strategy=tf.distribute.get_strategy(),
+        trace=Trace(),
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def network(outputs: str = "logits") -> tf_keras.Model:
+    tf_keras.utils.set_random_seed(5)
+    layers = tf_keras.layers
+    image = layers.Input((8, 8, 1))
+    x = layers.Dropout(0.3, rng_type="stateful")(layers.Dense(16, activation="relu")(layers.Flatten()(image)))
+    return tf_keras.Model(image, layers.Dense(3, activation="softmax" if outputs == "probabilities" else None)(x))
+
+
+@pytest.mark.parametrize("outputs", ["logits", "probabilities"])
+def test_a_classifier_learns_whatever_it_returns(tmp_path, outputs):
+    got = finetune(network(outputs), setting(tmp_path, outputs=outputs, options=FineTune(epochs=8, learning_rate=0.01)))
+    assert got["accuracy"] > 0.8
+    assert got["loss"] < 0.7
+
+
+def test_regression_reports_the_root_mean_squared_error(tmp_path):
+    random = np.random.default_rng(0)
+    x = random.random((128, 1)).astype(np.float32)
+    spec = DataSpec(task="regression", input_name="features", input_shape=(1,))
+    batches = batches_of(spec, train=(x, 2 * x + 1), validation=(x, 2 * x + 1))
+    rows = tf_keras.layers.Input((1,))
+    model = tf_keras.Model(rows, tf_keras.layers.Dense(1)(rows))
+    got = finetune(model, setting(tmp_path, batches=batches, options=FineTune(epochs=40, learning_rate=0.1)))
+    assert got["rmse"] == pytest.approx(np.sqrt(got["loss"]), rel=1e-4)
+    assert got["rmse"] < 0.1
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_one_others(tmp_path):
+    made = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        model = network()
+        finetune(model, setting(tmp_path / name, seed=seed))
+        made.append(model.get_weights())
+    assert all(np.array_equal(a, b) for a, b in zip(made[0], made[1], strict=True))
+    assert not all(np.array_equal(a, c) for a, c in zip(made[0], made[2], strict=True))
+
+
+class _StopAt(tf_keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_training_goes_on_to_the_same_weights_dropout_included(tmp_path):
+    undisturbed = network()
+    finetune(undisturbed, setting(tmp_path / "a"))
+    with pytest.raises(KeyboardInterrupt):
+        finetune(network(), setting(tmp_path / "b"), callbacks=[_StopAt()])
+    resumed, epochs = network(), []
+    finetune(resumed, setting(tmp_path / "b", trace=Trace(on_progress=lambda done, *_: epochs.append(done))))
+    assert min(epochs) > 2, "epochs that were done have been done again"
+    assert all(np.array_equal(a, b) for a, b in zip(undisturbed.get_weights(), resumed.get_weights(), strict=True))
+
+
+def test_damaged_checkpoints_are_said_and_training_starts_over(tmp_path):
+    undisturbed = network()
+    finetune(undisturbed, setting(tmp_path))
+    for path in (tmp_path / "checkpoints").glob("*.data*"):
+        path.write_bytes(b"")
+    heard, again = [], network()
+    finetune(again, setting(tmp_path, trace=Trace(on_warning=heard.append)))
+    assert len(heard) == 2
+    assert heard[0].startswith("ckpt-3 is damaged")
+    assert all(np.array_equal(a, b) for a, b in zip(undisturbed.get_weights(), again.get_weights(), strict=True))
+
+
+def test_the_learning_rate_falls_to_zero_over_the_whole_step(tmp_path):
+    rate = setting(tmp_path).learning_rate
+    assert float(rate(0)) == pytest.approx(0.01)
+    assert float(rate(3 * 6)) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_option_to_change(tmp_path):
+    options = FineTune(epochs=3, learning_rate=1e38)
+    with pytest.raises(
+        ModelError, match=r"prune@0\.5: the loss is (nan|inf) in epoch \d.*lower compress\.prune\.learning_rate"
+    ):
+        finetune(network(), setting(tmp_path, options=options))
+
+
+def test_less_than_one_batch_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"compress\.batch_size=500: the training split holds 192 rows"):
+        finetune(network(), setting(tmp_path, batch_size=500))
+
+
+def test_without_validation_rows_nothing_is_reported(tmp_path):
+    batches = dataclasses.replace(small_batches(), rows={"train": 192, "validation": 0})
+    made = setting(tmp_path, batches=batches)
+    assert finetune(network(), made) == {}
+    assert evaluate(network(), made) == {}
+
+
+def test_tensorboard_gets_losses_the_learning_rate_and_what_the_step_watches(tmp_path):
+    with Trace(tmp_path / "log") as trace:
+        finetune(network(), setting(tmp_path, trace=trace), watch=lambda: {"sparsity": {"dense": 0.25}})
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "log"), {"tensors": 0}).Reload()
+    assert set(events.Tags()["tensors"]) == {
+        "train/loss",
+        "train/accuracy",
+        "train/learning_rate",
+        "validation/loss",
+        "validation/accuracy",
+        "sparsity/dense",
+    }
+    assert [event.step for event in events.Tensors("validation/accuracy")] == [1, 2, 3]
+    assert len(events.Tensors("sparsity/dense")) >= 3 * 4
+
+
+def _run(folder: pathlib.Path, step: str, die_at: float) -> int:
+    here = pathlib.Path(__file__).parent
+    paths = os.pathsep.join(map(str, (ROOT, here)))
+    command = [sys.executable, str(here / "killed.py"), str(folder), "prune+cluster+qat", step, str(die_at)]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, check=False).returncode
+
+
+@pytest.mark.slow
+def test_a_killed_step_resumes_to_bit_equal_results_whichever_step_it_was(tmp_path):
+    from .conftest import train_small
+
+    train_small(tmp_path / "base")
+    assert _run(tmp_path / "whole", "none", 0) == 0
+    for step, die_at in (("prune", 1.6), ("cluster", 1.6), ("qat", 1.6)):
+        assert _run(tmp_path / "killed", step, die_at) == -9
+    assert _run(tmp_path / "killed", "none", 0) == 0
+    for whole in sorted((tmp_path / "whole").iterdir()):
+        other = tmp_path / "killed" / whole.name
+        assert sorted(path.name for path in other.iterdir()) == sorted(path.name for path in whole.iterdir())
+        assert (other / "compressed.json").read_text() == (whole / "compressed.json").read_text()
+        with np.load(whole / "weights.npz") as ours, np.load(other / "weights.npz") as theirs:
+            assert ours.files == theirs.files
+            assert all(np.array_equal(ours[name], theirs[name]) for name in ours.files)
