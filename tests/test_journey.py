@@ -145,7 +145,7 @@ def test_an_unchanged_rerun_works_at_nothing_and_does_not_load_tensorflow(journe
 
 
 def test_one_changed_recipe_step_retrains_neither_the_base_nor_the_others(journey):
-    planned = trimline("plan", "slice.yaml", "--set", "compress.qat.epochs=2", "--json", folder=journey)
+    planned = trimline("plan", "slice.yaml", "--set", "compress.qat.epochs=3", "--json", folder=journey)
     assert planned.returncode == 0, planned.stderr
     states = {step["step"]: step["state"] for step in json.loads(planned.stdout)["steps"]}
     assert states["train"] == states["compress prune@0.5"] == states["export int8"] == "cached"
@@ -224,8 +224,10 @@ def test_two_runs_at_once_on_one_workspace_end_in_the_same_files(journey, tmp_pa
 
 def test_ctrl_c_is_one_line_and_the_next_run_goes_on(tmp_path):
     write_slice(tmp_path)
+    # A process that a script starts in the background inherits "ignore Ctrl-C"; this one must not.
+    start = "import signal; signal.signal(2, signal.default_int_handler); from pipeline.__main__ import main; main()"
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", "run", "slice.yaml", "--until", "train"],
+        [sys.executable, "-c", start, "run", "slice.yaml", "--until", "train"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait_for(lambda: list((tmp_path / "workspace" / "store").glob("train/*.partial/checkpoint*")), process)
