@@ -43,15 +43,15 @@ def show_results(results: Results) -> None:
     console.print(table)
     for variant in data["variants"]:
         if variant["reason"]:
-            console.print(f"{variant['recipe']}: {variant['reason']}")
+            console.print(f"{variant['recipe']}: {variant['reason']}", soft_wrap=True)
     for remark in data["remarks"]:
-        console.print(f"note: {remark}")
+        console.print(f"note: {remark}", soft_wrap=True)
     if results.selected:
-        console.print(f"Chosen:       {data['selected']}: {data['selected_because']}")
-        console.print(f"File:         {results.folder / 'bundle' / 'model.tflite'}")
-        console.print(f"Bundle:       {results.bundle}")
-    console.print(f"Report:       {results.report}")
-    console.print(f"TensorBoard:  trimline tensorboard {results.folder}    ({results.tensorboard})")
+        console.print(f"Chosen:       {data['selected']}: {data['selected_because']}", soft_wrap=True)
+        console.print(f"File:         {results.folder / 'bundle' / 'model.tflite'}", soft_wrap=True)
+        console.print(f"Bundle:       {results.bundle}", soft_wrap=True)
+    console.print(f"Report:       {results.report}", soft_wrap=True)
+    console.print(f"TensorBoard:  trimline tensorboard {results.folder}    ({results.tensorboard})", soft_wrap=True)
 
 
 def _variant_row(variant: dict[str, Any], whole: int | None, chosen: bool) -> list[str]:
@@ -65,7 +65,7 @@ def _variant_row(variant: dict[str, Any], whole: int | None, chosen: bool) -> li
         f"{variant['bytes']:,}",
         f"{variant['gzip_bytes']:,}",
         share,
-        f"{variant['latency_ms']['p50']:.3f}",
+        f"{variant['latency_ms']['p50']:.3g}",
         f"{variant['proof']['sparsity']:.2f}",
         "CHOSEN" if chosen else variant["status"],
     ]
@@ -91,7 +91,7 @@ def show_plan(plan: Plan, findings: list[Finding], *, as_json: bool) -> None:
         table.add_row(step.name, states[step.name], step.key.fingerprint[:12])
     console.print(table)
     for finding in findings:
-        console.print(f"{finding.level}: {finding.text}")
+        console.print(f"{finding.level}: {finding.text}", soft_wrap=True)
     if not findings:
         console.print("Pre-flight checks found nothing to say.")
 
