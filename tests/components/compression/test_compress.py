@@ -112,6 +112,7 @@ def test_what_a_later_step_leaves_out_keeps_what_an_earlier_one_did(base, batche
     assert check(proof, made.promises, "int8") == []
 
 
+@pytest.mark.slow
 def test_it_runs_on_two_devices_with_the_result_of_one(two_devices, base, batches, compressed, tmp_path):
     mirrored = tf.distribute.MirroredStrategy(two_devices)
     made = carry_out("prune+qat", tmp_path, base, batches, {}, strategy=mirrored)
