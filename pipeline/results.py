@@ -13,6 +13,7 @@ from typing import Any
 
 from components.artifacts import PreparedData, read_json, write_json
 from components.errors import ConstraintError
+from components.machine import processor
 from components.tracing import Trace
 
 FILE = "results.json"
@@ -135,14 +136,3 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-
-
-@functools.lru_cache(maxsize=1)
-def processor() -> str:
-    """Model name of the CPU, as the system tells it."""
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

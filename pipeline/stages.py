@@ -23,6 +23,7 @@ from components.artifacts import (
     TrainedModel,
     read_json,
 )
+from components.machine import processor
 from components.recipe import Recipe, parse_recipe
 from components.tracing import Trace
 from pipeline import results
@@ -180,7 +181,7 @@ def _model_to_export(call: Call, recipe: Recipe) -> tuple[Any, dict[str, Any], l
         from components.training.model import load
 
         trained = TrainedModel(call.takes["train"])
-        return load(trained.file), trained.facts, []
+        return load(trained.file, call.config.model), trained.facts, []
     from components.compression.compress import load as load_compressed
 
     compressed = CompressedModel(call.takes[prefix_name(recipe.steps)])
@@ -343,7 +344,7 @@ JOURNEY = (
         lambda config, recipe: {
             "recipe": str(recipe),
             "measure": config.measure.model_dump(),
-            "machine": results.processor(),  # a latency is true for one kind of machine only
+            "machine": processor(),  # a latency is true for one kind of machine only
         },
         _measure,
         ("components.delivery.measure", "components.delivery.proof", "components.data.dataset"),

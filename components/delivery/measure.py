@@ -10,7 +10,6 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import pathlib
-import platform
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,8 +18,10 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
 from components.artifacts import DataSpec, Measured, Promise, TFLiteFile, sha256, write_json
+from components.delivery.predictor import dequantized, quantized
 from components.delivery.proof import Proof, check, read_proof
 from components.errors import ContractError, DataError
+from components.machine import processor
 from components.options import MeasureOptions
 from components.tracing import Trace
 
@@ -188,24 +189,6 @@ class _Runner:
         return outputs
 
 
-def quantized(values: np.ndarray, details: Mapping[str, Any]) -> np.ndarray:
-    """float32 values as the tensor takes them: rounded to the nearest code and clipped where it is an integer one."""
-    dtype = np.dtype(details["dtype"])
-    if dtype.kind == "f":
-        return values.astype(dtype, copy=False)
-    scale, zero_point = details["quantization"]
-    limits = np.iinfo(dtype)
-    return np.clip(np.round(values / np.float32(scale)) + zero_point, limits.min, limits.max).astype(dtype)
-
-
-def dequantized(values: np.ndarray, details: Mapping[str, Any]) -> np.ndarray:
-    """The tensor's values as float32."""
-    if np.dtype(details["dtype"]).kind == "f":
-        return values.astype(np.float32, copy=False)
-    scale, zero_point = details["quantization"]
-    return (values.astype(np.float32) - np.float32(zero_point)) * np.float32(scale)
-
-
 def latency(path: pathlib.Path, example: np.ndarray, options: MeasureOptions) -> dict[str, Any]:
     """Times single runs on one example; copying the input in and the answer out is not counted.
 
@@ -229,18 +212,8 @@ def latency(path: pathlib.Path, example: np.ndarray, options: MeasureOptions) ->
         "threads": options.threads,
         "warmup": options.warmup,
         "runs": options.runs,
-        "cpu": cpu_name(),
+        "cpu": processor(),
     }
-
-
-def cpu_name(cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> str:
-    """The processor's name as the system tells it: latencies of two processors do not compare."""
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in ("model name", "Model") and value.strip():
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def confusion(outputs: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:

@@ -7,7 +7,9 @@ import textwrap
 
 def run(body: str, folder) -> subprocess.CompletedProcess[str]:
     """A process of its own, because pytest owns the descriptors of this one."""
-    script = "import logging, os, pathlib, subprocess, warnings\nfrom pipeline.quiet import quiet\n" + textwrap.dedent(body)
+    script = "import logging, os, pathlib, subprocess, warnings\nfrom pipeline.quiet import quiet\n" + textwrap.dedent(
+        body
+    )
     return subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True)
 
 

@@ -11,7 +11,6 @@ from components.artifacts import DataSpec, TFLiteFile, read_json, sha256, write_
 from components.delivery.measure import (
     confusion,
     confusion_picture,
-    cpu_name,
     dequantized,
     latency,
     measure,
@@ -21,6 +20,7 @@ from components.delivery.measure import (
 )
 from components.delivery.select import drops
 from components.errors import ContractError, DataError
+from components.machine import processor
 from components.options import MeasureOptions
 from components.tracing import Trace
 
@@ -201,16 +201,8 @@ def test_latency_carries_its_protocol(kernel, rows, tmp_path):
         "threads": 2,
         "warmup": 3,
         "runs": 50,
-        "cpu": cpu_name(),
+        "cpu": processor(),
     }
-
-
-def test_the_processor_is_named_as_the_system_names_it(tmp_path):
-    (tmp_path / "x86").write_text("processor\t: 0\nmodel name\t: A Fine CPU @ 2.0GHz\n")
-    (tmp_path / "arm").write_text("processor\t: 0\nModel\t\t: Raspberry Pi 5 Model B\n")
-    assert cpu_name(tmp_path / "x86") == "A Fine CPU @ 2.0GHz"
-    assert cpu_name(tmp_path / "arm") == "Raspberry Pi 5 Model B"
-    assert cpu_name(tmp_path / "absent")
 
 
 def test_a_confusion_matrix_counts_true_classes_in_rows():
