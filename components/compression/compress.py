@@ -206,7 +206,7 @@ def _quantize(start: _Start, step: Step, options: CompressOptions, setting: Sett
     if not any(kernel.name in annotated.names for kernel in kernels(start.twin)):
         raise _nothing(step, annotated.untreated)
     keep = {
-        kernel.name: quantization.kept(kernel, pruned=promise.sparsity > 0, clustered=promise.distinct > 0)
+        kernel.name: quantization.kept(kernel, pruned=promise.sparsity > 0, distinct=promise.distinct)
         for kernel in kernels(start.twin)
         if (promise := start.promises.get(kernel.name)) is not None and kernel.name in annotated.names
     }

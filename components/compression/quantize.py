@@ -117,27 +117,39 @@ class Kept:
       mask: Same shape as the kernel, 0 where the weight stays zero, else 1; None where nothing was pruned.
       index: int32, same shape: weights with one number stay equal; None where nothing was clustered.
       groups: How many numbers there are.
+      one_range: True where the whole kernel shares its values, so that all channels must be rounded alike.
     """
 
     mask: np.ndarray | None = None
     index: np.ndarray | None = None
     groups: int = 0
+    one_range: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """What `like_json` needs; the arrays themselves are among the model's weights."""
-        return {"mask": self.mask is not None, "groups": self.groups}
+        return {"mask": self.mask is not None, "groups": self.groups, "one_range": self.one_range}
 
 
-def kept(kernel: Kernel, *, pruned: bool, clustered: bool) -> Kept:
+def kept(kernel: Kernel, *, pruned: bool, distinct: int) -> Kept:
     """Reads zeros and equal weights off a kernel.
 
-    Equal weights are told apart by output channel: int8 convolutions have one scale a channel, so a value shared
-    between channels would save nothing, and each channel is free to settle its own.
+    Args:
+      kernel: As the earlier steps left it.
+      pruned: Whether its zeros must stay.
+      distinct: How many values clustering left it, 0 where it is not clustered. Where the whole kernel holds no more,
+        they stay shared by the whole kernel; else each output channel has its own.
     """
     values = kernel.values
     mask = (values != 0).astype(np.float32) if pruned else None
-    if not clustered:
+    if not distinct:
         return Kept(mask)
+    found, index = np.unique(values, return_inverse=True)
+    if len(found) <= distinct:
+        return Kept(mask, index.reshape(values.shape).astype(np.int32), len(found), one_range=True)
+    return Kept(mask, *_index_by_channel(values))
+
+
+def _index_by_channel(values: np.ndarray) -> tuple[np.ndarray, int]:
     columns = values.reshape(-1, values.shape[-1])
     index = np.empty(columns.shape, np.int32)
     groups = 0
@@ -145,7 +157,7 @@ def kept(kernel: Kernel, *, pruned: bool, clustered: bool) -> Kept:
         found, numbers = np.unique(columns[:, channel], return_inverse=True)
         index[:, channel] = numbers.reshape(-1) + groups
         groups += len(found)
-    return Kept(mask, index.reshape(values.shape), groups)
+    return index.reshape(values.shape), groups
 
 
 def like_json(kernel: Kernel, value: Mapping[str, Any]) -> Kept:
@@ -155,6 +167,7 @@ def like_json(kernel: Kernel, value: Mapping[str, Any]) -> Kept:
         np.ones(shape, np.float32) if value["mask"] else None,
         np.zeros(shape, np.int32) if value["groups"] else None,
         value["groups"],
+        value["one_range"],
     )
 
 
@@ -164,6 +177,9 @@ class Keeping(Quantizer):
     The forward pass sees each weight replaced by the mean of its group, so all of a group receive the same gradient, and
     the kernel itself stays clustered and sparse, update for update: at inference it is taken as it is. No extra
     centroids are trained, and nothing is re-assigned.
+
+    A kernel that shares its values across channels gets one range: with a range a channel, as tfmot has it, n values
+    become n codes in each channel but up to 255 in the file, and nothing is left for gzip to find.
     """
 
     def __init__(self, inner: Quantizer, keep: Kept) -> None:
@@ -191,10 +207,28 @@ class Keeping(Quantizer):
                 inputs = inputs * weights["mask"]
             if "index" in weights:
                 inputs = self._share(inputs, weights["index"])
-        return self.inner(inputs, training, weights)
+        return (
+            self._one_range(inputs, training, weights) if self.keep.one_range else self.inner(inputs, training, weights)
+        )
 
     def _share(self, inputs: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
         return tf.gather(tf.math.unsorted_segment_mean(inputs, index, self.keep.groups), index)
+
+    def _one_range(self, inputs: tf.Tensor, training: bool, weights: dict[str, Any]) -> tf.Tensor:
+        """int8, symmetric, narrow, as tfmot's weight quantizers; the range is that of the last update's largest weight."""
+        low, high = weights["min_var"], weights["max_var"]
+        if training:
+            largest = tf.reduce_max(tf.abs(inputs))
+            low, high = (
+                variable.assign(tf.fill(variable.shape, sign * largest))
+                for variable, sign in ((low, -1.0), (high, 1.0))
+            )
+        round_off = (
+            tf.quantization.fake_quant_with_min_max_vars_per_channel
+            if len(weights["min_var"].shape)
+            else tf.quantization.fake_quant_with_min_max_vars
+        )
+        return round_off(inputs, low, high, num_bits=8, narrow_range=True)
 
     def get_config(self) -> dict[str, Any]:
         """Not used: the model is rebuilt from its twin, never from this configuration."""

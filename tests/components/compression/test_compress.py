@@ -12,7 +12,7 @@ from keras import layers
 from components.artifacts import CompressedModel
 from components.compression.compress import compress, load, unsupported
 from components.delivery.export import export
-from components.delivery.proof import check, read_proof
+from components.delivery.proof import check, match, read_proof
 from components.errors import ConfigError, ContractError, ModelError
 from components.options import CompressOptions, ExportOptions, PruneOptions, QatOptions
 from components.recipe import parse_recipe
@@ -50,6 +50,14 @@ def test_the_int8_file_holds_what_the_recipe_promised(recipe, compressed, calibr
     assert proof.float_operators == ()
     assert {kernel.dtype for kernel in proof.weights} == {"int8"}
     assert len(proof.weights) == 6
+
+
+@pytest.mark.parametrize("recipe", ["cluster+qat", "prune+cluster+qat"])
+def test_a_whole_clustered_kernel_comes_down_to_few_codes_in_the_int8_file(recipe, compressed, calibration, tmp_path):
+    made = compressed(recipe)
+    proof = read_proof(file_of(made, tmp_path, "int8", calibration).file)
+    for promise, kernel in match(proof.weights, made.promises):
+        assert kernel.distinct <= 6 or not promise.distinct, promise.layer
 
 
 @pytest.mark.parametrize("recipe", ["prune", "cluster", "prune+cluster"])

@@ -89,7 +89,7 @@ def train_quantized(twin: tf_keras.Model, keep: dict) -> tf_keras.Model:
 def test_every_zero_stays_zero_while_all_else_learns():
     twin = branches()
     before = {kernel.name: kernel.values for kernel in kernels(twin)}
-    keep = {k.name: kept(k, pruned=True, clustered=False) for k in kernels(twin) if k.name != "free"}
+    keep = {k.name: kept(k, pruned=True, distinct=0) for k in kernels(twin) if k.name != "free"}
     after = trained_kernels(train_quantized(twin, keep))
     assert set(after) == set(before)
     for name, values in after.items():
@@ -99,34 +99,41 @@ def test_every_zero_stays_zero_while_all_else_learns():
             np.testing.assert_array_equal(values == 0, before[name] == 0)
 
 
-def test_equal_weights_of_a_channel_stay_equal_while_they_learn():
+@pytest.mark.parametrize("distinct", [1000, 1])
+def test_equal_weights_stay_equal_while_they_learn(distinct):
+    """In the whole kernel where it holds few enough values, else within each output channel."""
     twin = branches()
     for kernel in kernels(twin):
         kernel.variable.assign(np.round(kernel.values * 10) / 10)
     before = {kernel.name: kernel.values for kernel in kernels(twin)}
-    after = trained_kernels(
-        train_quantized(twin, {k.name: kept(k, pruned=False, clustered=True) for k in kernels(twin)})
-    )
+    keep = {kernel.name: kept(kernel, pruned=False, distinct=distinct) for kernel in kernels(twin)}
+    after = trained_kernels(train_quantized(twin, keep))
     for name, values in after.items():
         assert not np.array_equal(values, before[name]), f"{name} did not learn"
-        pairs = zip(values.reshape(-1, values.shape[-1]).T, before[name].reshape(-1, values.shape[-1]).T, strict=True)
-        for new, old in pairs:
+        columns = [-1] if distinct > 1 else [-1, values.shape[-1]]
+        pairs = zip(values.reshape(columns).T, before[name].reshape(columns).T, strict=True)
+        for new, old in [(values, before[name])] if distinct > 1 else pairs:
             for value in np.unique(old):
                 assert len(np.unique(new[old == value])) == 1
+    shared = [len(np.unique(after[name])) <= len(np.unique(before[name])) for name in after]
+    assert all(shared) if distinct > 1 else not any(shared[1:3])
 
 
-def test_what_is_kept_is_told_apart_by_output_channel():
+def test_what_is_kept_is_shared_by_the_kernel_or_told_apart_by_output_channel():
     inputs = layers.Input((3,))
     twin = tf_keras.Model(inputs, layers.Dense(2, use_bias=False)(inputs))
     (kernel,) = kernels(twin)
     kernel.variable.assign([[0.0, 5.0], [7.0, 5.0], [7.0, 0.0]])
-    keep = kept(kernel, pruned=True, clustered=True)
-    np.testing.assert_array_equal(keep.mask, [[0, 1], [1, 1], [1, 0]])
-    np.testing.assert_array_equal(keep.index, [[0, 3], [1, 3], [1, 2]])
-    assert keep.groups == 4
-    again = like_json(kernel, keep.to_json())
-    assert (again.mask.shape, again.index.shape, again.groups) == ((3, 2), (3, 2), 4)
-    assert like_json(kernel, kept(kernel, pruned=True, clustered=False).to_json()).index is None
+    whole = kept(kernel, pruned=True, distinct=3)
+    np.testing.assert_array_equal(whole.mask, [[0, 1], [1, 1], [1, 0]])
+    np.testing.assert_array_equal(whole.index, [[0, 1], [2, 1], [2, 0]])
+    assert (whole.groups, whole.one_range) == (3, True)
+    channels = kept(kernel, pruned=False, distinct=2)
+    np.testing.assert_array_equal(channels.index, [[0, 3], [1, 3], [1, 2]])
+    assert (channels.mask, channels.groups, channels.one_range) == (None, 4, False)
+    again = like_json(kernel, whole.to_json())
+    assert (again.mask.shape, again.index.shape, again.groups, again.one_range) == ((3, 2), (3, 2), 3, True)
+    assert like_json(kernel, kept(kernel, pruned=True, distinct=0).to_json()).index is None
 
 
 def test_ranges_start_at_what_the_data_show_and_all_else_stays():
