@@ -160,12 +160,8 @@ def tensorboard(
 ) -> None:
     """Open TensorBoard on every stage of a run."""
     with _errors():
-        logs = folder / "tensorboard"
-        _must_exist(logs)
-        os.execv(
-            sys.executable,
-            [sys.executable, "-m", "tensorboard.main", "--logdir", str(logs), "--port", str(port), "--bind_all=false"],
-        )
+        _must_exist(folder / "tensorboard")
+        _serve_tensorboard(folder, port)
 
 
 @app.command()
@@ -181,6 +177,26 @@ def schema(
     else:
         target.write_text(text + "\n", encoding="utf-8")
         print(f"Wrote {target}. In a YAML file's first line: # yaml-language-server: $schema={target}")
+
+
+def _serve_tensorboard(folder: pathlib.Path, port: int) -> NoReturn:
+    """Serves until Ctrl-C; what TensorFlow says while it loads goes to a log."""
+    from components.errors import ConfigError
+    from pipeline.quiet import quiet
+
+    with quiet(folder / "tensorboard.log") as screen:
+        from tensorboard import program
+
+        server = program.TensorBoard()
+        # Its fast loader neither follows links nor stays silent.
+        server.configure(argv=["", "--logdir", str(folder / "tensorboard"), "--port", str(port), "--load_fast=false"])
+        try:
+            address = server.launch()
+        except program.TensorBoardServerException as error:
+            raise ConfigError(f"--port {port}: a free port was expected, got '{error.msg}'; try --port 0.") from error
+        print(f"TensorBoard: {address}    Ctrl-C ends it.", file=screen, flush=True)
+        while True:
+            signal.pause()
 
 
 def _must_exist(path: pathlib.Path) -> None:
