@@ -179,7 +179,7 @@ def schema(
         print(f"Wrote {target}. In a YAML file's first line: # yaml-language-server: $schema={target}")
 
 
-def _serve_tensorboard(folder: pathlib.Path, port: int) -> NoReturn:
+def _serve_tensorboard(folder: pathlib.Path, port: int) -> None:
     """Serves until Ctrl-C; what TensorFlow says while it loads goes to a log."""
     from components.errors import ConfigError
     from pipeline.quiet import quiet
@@ -195,8 +195,9 @@ def _serve_tensorboard(folder: pathlib.Path, port: int) -> NoReturn:
         except program.TensorBoardServerException as error:
             raise ConfigError(f"--port {port}: a free port was expected, got '{error.msg}'; try --port 0.") from error
         print(f"TensorBoard: {address}    Ctrl-C ends it.", file=screen, flush=True)
-        while True:
-            signal.pause()
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                signal.pause()
 
 
 def _must_exist(path: pathlib.Path) -> None:
