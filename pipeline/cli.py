@@ -50,13 +50,13 @@ def run(
     from pipeline import tables
     from pipeline.config import load_config
     from pipeline.results import Results
+    from pipeline.runner import LOG, run_folder
     from pipeline.runner import run as run_pipeline
-    from pipeline.runner import run_folder
 
     with _errors():
         loaded = load_config(config, overrides)
-        with _screen(run_folder(loaded) / "run.log", show=not as_json) as screen:
-            results: Results = run_pipeline(loaded, until=until, force=force, screen=screen)
+        with _screen(run_folder(loaded) / LOG, show=not as_json) as screen:
+            results: Results = run_pipeline(loaded, until=until, force=force, screen=screen, quiet=False)
         if until is not None and until != "report":
             return
         if as_json:

@@ -13,6 +13,7 @@ import inspect
 import json
 import os
 import pathlib
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -49,7 +50,7 @@ def fingerprint(stage: Stage, options: Mapping[str, Any], inputs: Iterable[str],
 
 def code_digest(stage: Stage) -> str:
     """SHA-256 over the stage's function, every module of ours that its modules lead to, and its other files."""
-    digest = hashlib.sha256(_tree_text(inspect.getsource(stage.run)).encode())
+    digest = hashlib.sha256(_tree_text(textwrap.dedent(inspect.getsource(stage.run))).encode())
     for name in sorted(_closure(stage.modules)):
         digest.update(f"{name}\n{_source(name)[1]}\n".encode())
     for name in stage.files:

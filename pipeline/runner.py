@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from components.errors import ConfigError, TrimlineError
 from components.tracing import Trace
 from pipeline import preflight
 from pipeline.config import Config, load_config
 from pipeline.plan import Plan, Step, check_stages, make_plan
+from pipeline.quiet import quiet as silence
 from pipeline.results import FILE, Results
 from pipeline.screen import Screen
 from pipeline.stages import JOURNEY, Call
-from pipeline.store import EVENTS, publish
+from pipeline.store import EVENTS, publish, retract
 
 log = logging.getLogger("trimline")
 
 # A recipe that fails here becomes a failed variant, and the others go on; anywhere else the run cannot go on.
 _PER_RECIPE = ("compress", "export", "measure")
+PAGES = ("report.html", "report.png")
+LOG = "run.log"
 
 
 def run(
@@ -31,6 +35,7 @@ def run(
     until: str | None = None,
     force: Iterable[str] = (),
     screen: Screen | None = None,
+    quiet: bool = True,
 ) -> Results:
     """Carries a configuration out, from raw data to a bundle.
 
@@ -39,6 +44,7 @@ def run(
       until: Last stage to walk; None goes all the way. Results are published only by a run that goes all the way.
       force: Stages whose work is done again although it is in the store, with all that depends on them.
       screen: Where progress is shown; None shows nothing.
+      quiet: True sends what libraries print meanwhile to the run's log, by the process's file descriptors 1 and 2.
 
     Returns:
       The finished run. `selected` is None where no variant met the constraints.
@@ -48,23 +54,33 @@ def run(
     """
     if not isinstance(config, Config):
         config = load_config(config)
-    screen = screen or Screen.silent()
     check_stages(force, "--force")
-    plan = make_plan(config, until=until)
+    plan, folder = make_plan(config, until=until), run_folder(config)
+    preflight.refuse(plan)
     for step in list(plan.after(force)):
         plan.store.remove(step.key)
-    folder = run_folder(config)
-    preflight.refuse(plan)
-    done = _walk(plan, folder, screen)
-    results = Results(folder)
+    with silence(folder / LOG) if quiet else contextlib.nullcontext():
+        done = _walk(plan, folder, screen or Screen.silent())
     if "report" in done:
-        publish(done["select"] / FILE, folder / FILE)
-        for page in ("report.html", "report.png"):
-            if (done["report"] / page).exists():
-                publish(done["report"] / page, folder / page)
-        if results.selected:
-            publish(done["bundle"], folder / "bundle")
-    return results
+        _publish(plan, done, folder)
+    return Results(folder)
+
+
+def _publish(plan: Plan, done: Mapping[str, pathlib.Path], folder: pathlib.Path) -> None:
+    """Puts what the run leaves into its folder, and takes away what an earlier run left that is true no more."""
+    publish(done["select"] / FILE, folder / FILE)
+    for page in PAGES:
+        if (done["report"] / page).exists():
+            publish(done["report"] / page, folder / page)
+    results = Results(folder)
+    if results.bundle is None:
+        retract(folder / "bundle")
+    else:
+        publish(done["bundle"], results.bundle)
+    current = {scope(step) for step in plan.steps}
+    for link in results.tensorboard.iterdir():
+        if link.is_symlink() and link.name not in current:
+            link.unlink()
 
 
 def run_folder(config: Config) -> pathlib.Path:

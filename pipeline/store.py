@@ -63,8 +63,8 @@ class Store:
     def remove(self, key: Key) -> None:
         """Forgets the artifact and any attempt at it, so that the next run builds it anew."""
         with self._lock(key, lambda: None):
-            self._discard(self.folder(key))
-            self._discard(self.partial(key))
+            retract(self.folder(key))
+            retract(self.partial(key))
 
     def build(
         self,
@@ -90,7 +90,7 @@ class Store:
                 return self.folder(key)
             partial, clock = self.partial(key), time.monotonic()
             if not resumes:
-                self._discard(partial)
+                retract(partial)
             try:
                 partial.mkdir(parents=True, exist_ok=True)
                 spent = self._spent(partial)
@@ -113,7 +113,7 @@ class Store:
         (partial / "spent.json").unlink(missing_ok=True)
         write_json(partial / MARKER, {"stage": key.stage, "fingerprint": key.fingerprint, "seconds": round(seconds, 3)})
         folder = self.folder(key)
-        self._discard(folder)  # a folder without marker is not an artifact
+        retract(folder)  # a folder without marker is not an artifact
         partial.rename(folder)
         _sync(folder.parent)
         return folder
@@ -144,14 +144,6 @@ class Store:
         path = partial / "spent.json"
         return float(read_json(path)["seconds"]) if path.exists() else 0.0
 
-    @staticmethod
-    def _discard(folder: pathlib.Path) -> None:
-        """Removes a folder so that a kill in the middle never leaves half of it under its trusted name."""
-        if folder.exists():
-            doomed = folder.with_name(f"{folder.name}.doomed-{os.getpid()}")
-            folder.rename(doomed)
-            shutil.rmtree(doomed)
-
 
 def publish(source: pathlib.Path, target: pathlib.Path) -> None:
     """Copies a file or an artifact's folder to `target` by a rename at the end, replacing what was there.
@@ -162,10 +154,18 @@ def publish(source: pathlib.Path, target: pathlib.Path) -> None:
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     if source.is_dir():
         shutil.copytree(source, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MARKER, EVENTS))
-        Store._discard(target)
+        retract(target)
     else:
         shutil.copy2(source, temporary)
     temporary.rename(target)
+
+
+def retract(folder: pathlib.Path) -> None:
+    """Removes a folder so that a kill in the middle never leaves half of it under its trusted name."""
+    if folder.exists():
+        doomed = folder.with_name(f"{folder.name}.doomed-{os.getpid()}")
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def _sync(folder: pathlib.Path) -> None:

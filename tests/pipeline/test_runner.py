@@ -124,6 +124,31 @@ def test_the_screen_tells_cached_from_done_and_names_what_failed(config):
     assert text.count("FAILED   export int8: why.") == 2
 
 
+def test_what_an_earlier_run_left_goes_when_it_is_true_no_more(config, tmp_path):
+    (tmp_path / "t" / "bundle").mkdir(parents=True)
+    run(config)
+    assert not (tmp_path / "t" / "bundle").exists(), "nothing was selected"
+    other = config.model_copy(update={"compress": config.compress.model_copy(update={"recipes": ["float16"]})})
+    run(other)
+    names = {link.name for link in (tmp_path / "t" / "tensorboard").iterdir()}
+    assert "5-measure-float16" in names
+    assert "5-measure-int8" not in names
+
+
+def test_what_a_library_prints_goes_to_the_log(config, tmp_path, capfd, monkeypatch):
+    import os
+
+    def noisy(call):
+        os.write(2, b"noise from C\n")
+        work(call)
+
+    stages = {n: dataclasses.replace(s, run=noisy) for n, s in STAGES.items()}
+    monkeypatch.setattr(plan_module, "STAGES", stages)
+    run(config)
+    assert "noise" not in capfd.readouterr().err
+    assert "noise from C" in (tmp_path / "t" / "run.log").read_text()
+
+
 def test_tensorboard_names_sort_as_the_journey_goes_and_lead_to_the_artifact(config, tmp_path):
     run(config)
     plan = plan_module.make_plan(config)
