@@ -34,6 +34,7 @@ def server(tmp_path_factory):
             break
     process.kill()
     process.wait()
+    process.stdout.close()
 
 
 def ask(server: str, path: str):
