@@ -231,7 +231,8 @@ class PruneOptions(FineTune):
     end: Annotated[float, Field(gt=0, le=1)] = Field(0.6, description="Fraction by which the target is reached.")
     frequency: Count = Field(20, description="Updates between two mask changes.")
     dense_share: Fraction = Field(
-        0.01, description="The smallest kernels stay dense while together they hold no more than this share of all weights."
+        0.01,
+        description="The smallest kernels stay dense while together they hold no more than this share of all weights.",
     )
 
 
