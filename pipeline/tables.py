@@ -6,13 +6,15 @@ import dataclasses
 import json
 from typing import Any
 
-import rich.box
 import rich.console
 import rich.table
 
 from pipeline.plan import Plan
 from pipeline.preflight import Finding
 from pipeline.results import Results
+
+WIDE = 100  # columns of a terminal
+FOR_WIDE = ("of float32", "sparsity")  # left out where it is narrower: the report has them too
 
 
 def _console() -> rich.console.Console:
@@ -22,9 +24,10 @@ def _console() -> rich.console.Console:
 
 
 def _table(title: str | None, *columns: str) -> rich.table.Table:
-    table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+    gap = 2 if _console().width >= WIDE else 1
+    table = rich.table.Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, gap, 0, 0))
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
     return table
 
 
@@ -32,14 +35,16 @@ def show_results(results: Results) -> None:
     """The table of variants, the chosen file, and where everything lies."""
     data, console = results.data, _console()
     rows = data["examples"]
+    columns = ["recipe", data["metric"], "drop", "bytes", "gzip", "of float32", "ms p50", "sparsity", "status"]
+    shown = [number for number, name in enumerate(columns) if console.width >= WIDE or name not in FOR_WIDE]
     table = _table(
-        f"{data['run']}: {rows['train']} rows trained on, {rows['test']} tested",
-        *("recipe", data["metric"], "drop", "bytes", "gzip", "of float32", "ms p50", "sparsity", "status"),
+        f"{data['run']}: {rows['train']} rows trained on, {rows['test']} tested", *(columns[each] for each in shown)
     )
     whole = next((v["gzip_bytes"] for v in data["variants"] if v["recipe"] == "float32" and v["status"] == "ok"), None)
     for variant in data["variants"]:
         chosen = variant["recipe"] == data["selected"]
-        table.add_row(*_variant_row(variant, whole, chosen), style="bold green" if chosen else None)
+        row = _variant_row(variant, whole, chosen)
+        table.add_row(*(row[each] for each in shown), style="bold green" if chosen else None)
     console.print(table)
     for variant in data["variants"]:
         if variant["reason"]:
