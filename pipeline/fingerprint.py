@@ -23,6 +23,8 @@ from pipeline.stages import Stage
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _OURS = ("components", "pipeline", "tpu")
+# Leaves that no result depends on: the values of the options count on their own, the rest only words and shows.
+_APART = ("components.options", "components.errors", "components.tracing")
 
 
 def fingerprint(stage: Stage, options: Mapping[str, Any], inputs: Iterable[str], content: Iterable[str]) -> str:
@@ -63,7 +65,7 @@ def _closure(modules: Iterable[str]) -> set[str]:
     waiting = list(modules)
     while waiting:
         name = waiting.pop()
-        if name not in seen and _path(name) is not None:
+        if name not in seen and name not in _APART and _path(name) is not None:
             seen.add(name)
             waiting.extend(_source(name)[0])
     return seen

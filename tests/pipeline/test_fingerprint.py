@@ -53,6 +53,13 @@ def test_code_counts_and_comments_do_not(monkeypatch, tmp_path):
     module._source.cache_clear()
 
 
+def test_a_new_option_of_one_stage_retrains_no_other():
+    modules = module._closure(STAGES["train"].modules)
+    assert "components.training.train" in modules
+    assert "components.artifacts" in modules
+    assert "components.options" not in modules
+
+
 def test_content_is_told_by_bytes_not_by_name(tmp_path):
     index = ContentIndex(tmp_path / "content.json")
     (tmp_path / "a").write_text("same")
