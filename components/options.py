@@ -230,6 +230,9 @@ class PruneOptions(FineTune):
     begin: Fraction = Field(0.0, description="Fraction of the step's updates before pruning begins.")
     end: Annotated[float, Field(gt=0, le=1)] = Field(0.6, description="Fraction by which the target is reached.")
     frequency: Count = Field(20, description="Updates between two mask changes.")
+    spread: Literal["uniform", "erk"] = Field(
+        "erk", description="uniform: each kernel to the same sparsity; erk: large kernels to a higher one than small."
+    )
     dense_share: Fraction = Field(
         0.01,
         description="The smallest kernels stay dense while together they hold no more than this share of all weights.",

@@ -148,7 +148,7 @@ def _start(base: TrainedModel, prefix: CompressedModel | None) -> _Start:
 
 
 def _prune(start: _Start, step: Step, options: CompressOptions, setting: Setting) -> _Done:
-    chosen = _something(pruning.choose_prunable(start.twin, options.prune), step)
+    chosen = _something(pruning.choose_prunable(start.twin, options.prune, _strength(step)), step)
     with setting.strategy.scope():
         model = pruning.prune(start.twin, chosen, options.prune, sparsity=_strength(step), updates=setting.updates)
     validation = finetune(
@@ -378,7 +378,7 @@ def _foresee(twin: tf_keras.Model, step: Step, options: CompressOptions) -> tupl
         annotated = quantization.choose_quantizable(twin, options.qat)
         return annotated.untreated, any(kernel.name in annotated.names for kernel in kernels(twin))
     if step.name == "prune":
-        chosen = pruning.choose_prunable(twin, options.prune)
+        chosen = pruning.choose_prunable(twin, options.prune, _strength(step))
     else:
         chosen = clustering.choose_clusterable(twin, options.cluster, int(_strength(step)))
     return chosen.untreated, bool(chosen.names)

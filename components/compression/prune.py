@@ -2,7 +2,8 @@
 
     twin --prune()--> model with masks --train--> strip() --> twin with zeros
 
-tfmot's prune_low_magnitude (Zhu and Gupta 2017, arXiv 1710.01878), each kernel to the same sparsity.
+tfmot's prune_low_magnitude (Zhu and Gupta 2017, arXiv 1710.01878). How many zeros each kernel gets follows its size
+(Erdos-Renyi-Kernel, Evci et al. 2020, arXiv 1911.11134), unless the same share is asked for everywhere.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from components.errors import ConfigError
 from components.options import PruneOptions
 
 
-def choose_prunable(twin: tf_keras.Model, options: PruneOptions) -> Chosen:
+def choose_prunable(twin: tf_keras.Model, options: PruneOptions, sparsity: float) -> Chosen:
     """Which kernels are pruned.
 
-    Left alone: what the user excludes, depthwise kernels (tfmot does not prune them, and they hold few weights), and the
-    smallest kernels up to a share of `options.dense_share` of all weights.
+    Left alone: what the user excludes, frozen layers, depthwise kernels (tfmot does not prune them, and they hold few
+    weights), the smallest kernels up to a share of `options.dense_share` of all weights, and under the spread 'erk' those
+    that are too small for any zeros at this sparsity.
 
     Raises:
       ConfigError: `options.exclude` names an unknown layer.
@@ -40,7 +42,12 @@ def choose_prunable(twin: tf_keras.Model, options: PruneOptions) -> Chosen:
             return f"among the smallest kernels, which hold {options.dense_share:g} of all weights together (compress.prune.dense_share)"
         return None
 
-    return choose(twin, refuse)
+    if options.spread == "uniform":
+        return choose(twin, refuse)
+    possible = [kernel for kernel in kernels(twin) if refuse(kernel) is None]
+    worth = _spread(possible, sparsity)
+    dense = f"too small for zeros when kernels hold {sparsity:g} on average (compress.prune.spread=erk)"
+    return choose(twin, lambda kernel: refuse(kernel) or (None if kernel.name in worth else dense))
 
 
 def _smallest(twin: tf_keras.Model, options: PruneOptions) -> set[str]:
@@ -55,6 +62,28 @@ def _smallest(twin: tf_keras.Model, options: PruneOptions) -> set[str]:
     return small
 
 
+def _spread(found: list[Kernel], sparsity: float) -> dict[str, float]:
+    """Sparsity by layer name: the nonzero weights of a kernel are in proportion to the sum of its sides.
+
+    Kernels that would need more nonzero weights than they have stay dense and are left out; of the others together,
+    `sparsity` are zero.
+
+    Example: a 3 x 3 kernel of 16 to 16 channels (2,304 weights, sides 38) and one of 64 to 64 (36,864, sides 134) at 0.8:
+    0.2 x 39,168 = 7,834 nonzero weights, 1,731 and 6,103 of them: sparsities 0.249 and 0.834.
+    """
+    while True:
+        nonzero = (1 - sparsity) * sum(kernel.size for kernel in found)
+        unit = nonzero / max(1, sum(map(_sides, found)))
+        fitting = [kernel for kernel in found if unit * _sides(kernel) < kernel.size]
+        if len(fitting) == len(found):
+            return {kernel.name: 1 - unit * _sides(kernel) / kernel.size for kernel in found}
+        found = fitting
+
+
+def _sides(kernel: Kernel) -> int:
+    return sum(kernel.variable.shape)
+
+
 def prune(
     twin: tf_keras.Model, chosen: Chosen, options: PruneOptions, *, sparsity: float, updates: int
 ) -> tf_keras.Model:
@@ -63,8 +92,8 @@ def prune(
     Args:
       twin: Without wrappers; left as it is.
       chosen: What `choose_prunable` gave.
-      options: Schedule.
-      sparsity: Target fraction of zeros of each chosen kernel, in (0, 1).
+      options: Schedule and spread.
+      sparsity: Target fraction of zeros of all chosen kernels together, in (0, 1).
       updates: Optimizer updates of the whole step, 1 or more; the schedule is laid over them.
 
     Returns:
@@ -73,11 +102,13 @@ def prune(
     Raises:
       ConfigError: The schedule ends before it begins.
     """
-    schedule = _schedule(options, sparsity, updates)
+    found = [kernel for kernel in kernels(twin) if kernel.name in chosen.names]
+    targets = _spread(found, sparsity) if options.spread == "erk" else dict.fromkeys(chosen.names, sparsity)
+    schedules = {name: _schedule(options, target, updates) for name, target in targets.items()}
     return wrap(
         twin,
-        chosen.names,
-        lambda layer: tfmot.sparsity.keras.prune_low_magnitude(layer, pruning_schedule=schedule),
+        schedules,
+        lambda layer: tfmot.sparsity.keras.prune_low_magnitude(layer, pruning_schedule=schedules[layer.name]),
     )
 
 

@@ -69,9 +69,11 @@ def test_the_float_file_holds_it_too(recipe, compressed, calibration, tmp_path):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_promises_are_those_of_the_recipe(recipe, compressed):
     promises = {promise.layer: promise for promise in compressed(recipe).promises}
-    treated = {"inner", "point", "hidden"}  # logits is too small to pay, depthwise is never treated
+    treated = {"inner", "hidden"}  # logits and point are too small to pay, depthwise is never treated
+    sizes = {name: np.prod(promises[name].shape) for name, promise in promises.items() if promise.sparsity}
+    zeros = sum(promises[name].sparsity * size for name, size in sizes.items())
+    assert zeros == (pytest.approx(0.7 * sum(sizes.values()), rel=0.01) if "prune" in recipe else 0)
     for name in treated:
-        assert promises[name].sparsity == (pytest.approx(0.7, abs=0.02) if "prune" in recipe else 0), name
         assert promises[name].distinct == (6 if "cluster" in recipe else 0), name
         assert promises[name].quantized == ("qat" in recipe), name
     assert promises["inner"].shape == (8, 3, 3, 8)
@@ -112,7 +114,7 @@ def test_what_a_later_step_leaves_out_keeps_what_an_earlier_one_did(base, batche
     options = OPTIONS.model_copy(update={"qat": QatOptions(epochs=1, exclude=["inner", "hidden"])})
     made = carry_out("prune+qat", tmp_path, base, batches, {}, options=options)
     promises = {promise.layer: promise for promise in made.promises}
-    assert promises["inner"].sparsity == pytest.approx(0.7, abs=0.02)
+    assert promises["inner"].sparsity > 0.6
     assert not promises["inner"].quantized
     assert promises["point"].quantized
     (tmp_path / "file").mkdir()
