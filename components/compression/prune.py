@@ -3,7 +3,7 @@
     twin --prune()--> model with masks --train--> strip() --> twin with zeros
 
 tfmot's prune_low_magnitude (Zhu and Gupta 2017, arXiv 1710.01878). How many zeros each kernel gets follows its size
-(Erdos-Renyi-Kernel, Evci et al. 2020, arXiv 1911.11134), unless the same share is asked for everywhere.
+(Erdos-Renyi-Kernel, Evci et al. 2020, arXiv 1911.11134) under the spread 'erk', or is the same everywhere.
 """
 
 from __future__ import annotations

@@ -53,9 +53,9 @@ def test_kernels_too_small_for_any_zeros_stay_dense_and_are_named():
     image = layers.Input((8, 8, 1))
     x = layers.Conv2D(8, 3, name="small")(image)
     model = tf_keras.Model(image, layers.Dense(64, name="large")(layers.Flatten()(x)))
-    chosen = choose_prunable(model, PruneOptions(dense_share=0.0), 0.95)
+    chosen = choose_prunable(model, PruneOptions(dense_share=0.0, spread="erk"), 0.95)
     assert chosen.names == {"small", "large"}
-    chosen = choose_prunable(model, PruneOptions(dense_share=0.0), 0.5)
+    chosen = choose_prunable(model, PruneOptions(dense_share=0.0, spread="erk"), 0.5)
     assert chosen.names == {"large"}
     assert reasons(chosen)["small"].startswith("too small for zeros when kernels hold 0.5 on average")
 
