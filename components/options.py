@@ -231,7 +231,8 @@ class PruneOptions(FineTune):
     end: Annotated[float, Field(gt=0, le=1)] = Field(0.6, description="Fraction by which the target is reached.")
     frequency: Count = Field(20, description="Updates between two mask changes.")
     spread: Literal["uniform", "erk"] = Field(
-        "erk", description="uniform: each kernel to the same sparsity; erk: large kernels to a higher one than small."
+        "uniform",
+        description="uniform: each kernel to the target; erk: larger kernels further than small ones, the target overall.",
     )
     dense_share: Fraction = Field(
         0.01,

@@ -320,6 +320,8 @@ def load(model: CompressedModel) -> tf_keras.Model:
       ContractError: A file of the artifact is absent or damaged.
     """
     folder = model.folder
+    # Layers that tfmot adds are numbered over the whole process, and their names end up in the file.
+    tf_keras.backend.reset_uids()
     try:
         twin = tf_keras.models.model_from_json((folder / "twin.json").read_text(encoding="utf-8"))
         with np.load(folder / "weights.npz", allow_pickle=False) as file:

@@ -87,6 +87,13 @@ def test_the_compressed_model_still_does_its_task(recipe, compressed, base):
     assert accuracy > 0.8
 
 
+def test_the_file_does_not_depend_on_what_the_process_made_before(compressed, calibration, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    files = [file_of(compressed("qat"), tmp_path / name, "int8", calibration).file for name in "ab"]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 @pytest.mark.parametrize("recipe", ["prune+cluster", "prune+cluster+qat"])
 def test_an_artifact_stands_on_its_own(recipe, compressed, tmp_path):
     made = compressed(recipe)
