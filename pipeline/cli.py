@@ -130,7 +130,9 @@ def verify(folder: Annotated[pathlib.Path, typer.Argument(help="A bundle folder.
         _must_exist(folder)
         from components.delivery.bundle import verify as verify_bundle
 
-        tables.show_verification(verify_bundle(folder), as_json=as_json)
+        with _no_noise():
+            verified = verify_bundle(folder)
+        tables.show_verification(verified, as_json=as_json)
 
 
 @app.command()
@@ -150,7 +152,9 @@ def predict(
         _must_exist(source)
         from components.delivery.bundle import predict as predict_bundle
 
-        tables.show_predictions(predict_bundle(folder, source), as_json=as_json)
+        with _no_noise():
+            answers = predict_bundle(folder, source)
+        tables.show_predictions(answers, as_json=as_json)
 
 
 @app.command()
@@ -205,6 +209,15 @@ def _must_exist(path: pathlib.Path) -> None:
 
     if not path.exists():
         raise ConfigError(f"{path}: there is no such file or folder; check the path.")
+
+
+@contextlib.contextmanager
+def _no_noise() -> Iterator[None]:
+    """What the runtime says of itself on the C side is of no use to a user."""
+    from pipeline.quiet import quiet
+
+    with quiet(pathlib.Path(os.devnull)):
+        yield
 
 
 @contextlib.contextmanager

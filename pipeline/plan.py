@@ -9,7 +9,6 @@ import dataclasses
 import importlib.util
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 from components.errors import ConfigError
 from components.recipe import Recipe
@@ -167,8 +166,3 @@ def _model_content(config: Config, index: ContentIndex) -> tuple[str, ...]:
             "the path of a .py file as 'file.py:function'."
         )
     return (index.digest(pathlib.Path(found.origin)),)
-
-
-def options_of(step: Step, config: Config) -> dict[str, Any]:
-    """The part of the configuration that a step depends on, for those who want to see why it would run again."""
-    return step.stage.options(config, step.recipe)

@@ -94,10 +94,10 @@ def test_the_screen_shows_a_table_and_no_noise(journey):
 def test_the_bundle_holds_and_predicts(journey):
     bundle = "workspace/slice/bundle"
     verified = trimline("verify", bundle, folder=journey)
-    assert verified.returncode == 0, verified.stderr
+    assert (verified.returncode, verified.stderr) == (0, "")
     np.save(journey / "two.npy", np.load(journey / "digits.npz")["x"][:2])
     answered = trimline("predict", bundle, "two.npy", "--json", folder=journey)
-    assert answered.returncode == 0, answered.stderr
+    assert (answered.returncode, answered.stderr) == (0, "")
     assert len(json.loads(answered.stdout)) == 2
 
 
