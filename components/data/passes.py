@@ -155,7 +155,7 @@ def run(
     result = folder / f"{name}.pickle"
     with _root_logger_kept(), _watched(folder, name, descriptors, progress):
         beam, runner, options = _beam(job.options)
-        with beam.Pipeline(runner=runner, options=options) as pipeline:
+        with _plain_labels(), beam.Pipeline(runner=runner, options=options) as pipeline:
             _ = (
                 pipeline
                 | "descriptors" >> beam.Create([pickle.dumps(each) for each in descriptors])
@@ -239,6 +239,19 @@ def _beam(options: PreprocessOptions) -> tuple[Any, Any, Any]:
     many = options.runner == "multi_processing"
     flags = ["--direct_running_mode=multi_processing", f"--direct_num_workers={options.workers}"] if many else []
     return apache_beam, FnApiRunner(), PipelineOptions(flags)
+
+
+@contextlib.contextmanager
+def _plain_labels() -> Iterator[None]:
+    """In a notebook Beam would put the cell's number into labels, for which it imports its interactive extra."""
+    import apache_beam.pipeline as module
+
+    original = module.alter_label_if_ipython
+    module.alter_label_if_ipython = lambda *_: None
+    try:
+        yield
+    finally:
+        module.alter_label_if_ipython = original
 
 
 @contextlib.contextmanager

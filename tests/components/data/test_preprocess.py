@@ -76,6 +76,11 @@ def test_digits_become_blocks_that_the_manifest_describes(tmp_path):
             assert sha256(tmp_path / file["name"]) == file["sha256"]
 
 
+def test_in_a_notebook_beam_needs_none_of_its_interactive_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr("apache_beam.utils.interactive_utils.is_in_ipython", lambda: True)
+    assert sum(prepare(DigitsSource(), tmp_path).rows(split) for split in SPLITS) == 1797
+
+
 def test_only_what_is_promised_is_left_in_the_folder(tmp_path):
     data = prepare(DigitsSource(), tmp_path)
     named = {file["name"] for split in SPLITS for file in data.manifest["splits"][split]["files"]}
