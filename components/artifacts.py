@@ -177,7 +177,7 @@ class CompressedModel:
     @property
     def promises(self) -> list[Promise]:
         """What the file must show, kernel by kernel."""
-        return [Promise(**{**layer, "shape": tuple(layer["shape"])}) for layer in self.facts["layers"]]
+        return [Promise.from_json(layer) for layer in self.facts["layers"]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,6 +199,11 @@ class Promise:
     sparsity: float = 0.0
     distinct: int = 0
     quantized: bool = False
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Promise:
+        """Reads what `dataclasses.asdict` gave."""
+        return cls(**{**value, "shape": tuple(value["shape"])})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,7 +123,7 @@ def _calibration(calibration: np.ndarray | None, spec: DataSpec, options: Export
     held = 0 if calibration is None else len(calibration)
     if calibration is None or held == 0:
         raise ContractError(
-            "export: int8 needs examples that fix its ranges, got 0; raise data.splits.calibration above 0 or leave int8 out of compress.recipes."
+            "export: int8 needs examples that fix its ranges, got 0; raise preprocess.splits.calibration above 0 or leave int8 out of compress.recipes."
         )
     if calibration.shape[1:] != spec.input_shape or calibration.dtype != np.float32:
         raise ContractError(
@@ -135,7 +135,7 @@ def _calibration(calibration: np.ndarray | None, spec: DataSpec, options: Export
     wanted = options.calibration_examples or min(held, CALIBRATION_LIMIT)
     if wanted > held:
         raise ConfigError(
-            f"export.calibration_examples={wanted}: the calibration split holds {held}; lower it or raise data.splits.calibration."
+            f"export.calibration_examples={wanted}: the calibration split holds {held}; lower it or raise preprocess.splits.calibration."
         )
     return calibration[np.sort(np.random.default_rng(seed).permutation(held)[:wanted])]
 

@@ -11,7 +11,7 @@ import concurrent.futures
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -63,13 +63,13 @@ def measure(
     """
     facts = file.facts
     proof = read_proof(file.file)
-    broken = check(proof, _promises(facts), facts["format"])
+    broken = check(proof, [Promise.from_json(each) for each in facts["promises"]], facts["format"])
     trace.progress(0, 3, "validation split")
     on_validation = _evaluate(file.file, *validation(), spec)
     trace.progress(1, 3, "test split")
     inputs, labels = test()
     if len(inputs) == 0:
-        raise DataError("measure: the test split holds 0 rows; raise data.splits.test or name test files.")
+        raise DataError("measure: the test split holds 0 rows; raise preprocess.splits.test or name test files.")
     outputs = predict(file.file, inputs)
     trace.progress(2, 3, "latency")
     timing = latency(file.file, inputs[0], options)
@@ -98,10 +98,6 @@ def measure(
     write_json(folder / "variant.json", variant)
     trace.progress(3, 3, facts["recipe"])
     return Measured(folder)
-
-
-def _promises(facts: Mapping[str, Any]) -> list[Promise]:
-    return [Promise(**{**promise, "shape": tuple(promise["shape"])}) for promise in facts["promises"]]
 
 
 def _reason(broken: list[str]) -> str | None:

@@ -246,6 +246,6 @@ def _keras_seam(keras: np.ndarray, answers: np.ndarray, format: str, usual: np.n
         at = int(np.argmax(np.nan_to_num(np.abs(keras[worst] - answers[worst]), nan=np.inf)))
         raise ContractError(
             f"skew gate, seam keras: {format} answers may differ by {tolerance:g} of their spread, got {difference:.3g}; worst is record {worst}, "
-            f"output {at}: the Keras model answers {keras[worst, at]:.6g}, the file {answers[worst, at]:.6g}. Choose a milder recipe, or raise data.splits.calibration."
+            f"output {at}: the Keras model answers {keras[worst, at]:.6g}, the file {answers[worst, at]:.6g}. Choose a milder recipe, or raise preprocess.splits.calibration."
         )
     return {"tolerance": tolerance, "difference": difference}
