@@ -220,7 +220,7 @@ def test_the_whole_calibration_split_is_used_up_to_a_limit(model, tmp_path):
 
 @pytest.mark.parametrize("nothing", [None, np.zeros((0, 8, 8, 1), np.float32)])
 def test_int8_without_calibration_examples_is_refused(nothing, model, tmp_path):
-    with pytest.raises(ContractError, match=r"int8 needs examples .* got 0; raise data\.splits\.calibration"):
+    with pytest.raises(ContractError, match=r"int8 needs examples .* got 0; raise preprocess\.splits\.calibration"):
         write(model, tmp_path, "int8", calibration=nothing)
     assert list(tmp_path.iterdir()) == []
 

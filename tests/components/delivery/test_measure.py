@@ -145,7 +145,7 @@ def test_the_metric_of_a_regression_is_the_root_of_the_mean_squared_error(tmp_pa
 def test_an_empty_test_split_is_a_data_error(kernel, tmp_path):
     file = exported(tmp_path / "export", kernel)
     nothing = (np.zeros((0, 4), "float32"), np.zeros(0, "int32"))
-    with pytest.raises(DataError, match=r"test split holds 0 rows; raise data\.splits\.test"):
+    with pytest.raises(DataError, match=r"test split holds 0 rows; raise preprocess\.splits\.test"):
         measure(file, lambda: nothing, lambda: nothing, SPEC, QUICK, tmp_path, trace=Trace())
     assert not (tmp_path / "variant.json").exists()
 
