@@ -75,7 +75,9 @@ def export(
     Source: TFLite int8 scheme, tensorflow.org/lite/performance/quantization_spec
     """
     if format not in FORMATS:
-        raise ConfigError(f"export: the format of a recipe must be one of {', '.join(FORMATS)}, got '{format}'; correct the recipe.")
+        raise ConfigError(
+            f"export: the format of a recipe must be one of {', '.join(FORMATS)}, got '{format}'; correct the recipe."
+        )
     output_name = "value" if spec.task == "regression" else outputs
     function, holder = _function(model, spec, output_name)
     converter = tf.lite.TFLiteConverter.from_concrete_functions([function], holder)
