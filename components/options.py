@@ -280,6 +280,11 @@ class CompressOptions(Options):
     cluster: ClusterOptions = ClusterOptions()
     qat: QatOptions = QatOptions()
 
+    @property
+    def strengths(self) -> dict[str, float]:
+        """By step: the strength that it has where a recipe names none."""
+        return {"prune": self.prune.sparsity, "cluster": self.cluster.clusters}
+
 
 # --- delivery ----------------------------------------------------------------------------------------------------
 

@@ -10,10 +10,36 @@ the reverse is not possible (pruning after clustering would move centroids, trai
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 
 from components.errors import ConfigError
 
-TRAINING_STEPS = ("prune", "cluster", "qat")
+
+@dataclasses.dataclass(frozen=True)
+class Strength:
+    """What may stand after a step's '@'.
+
+    Attributes:
+      fits: Whether a number is in range.
+      rule: The range in words.
+      example: A step well written.
+    """
+
+    fits: Callable[[float], bool]
+    rule: str
+    example: str
+
+
+STRENGTHS: dict[str, Strength | None] = {
+    "prune": Strength(lambda value: 0 < value < 1, "a sparsity above 0 and below 1", "prune@0.8"),
+    "cluster": Strength(
+        lambda value: value.is_integer() and 2 <= value <= 256, "a whole number from 2 to 256", "cluster@16"
+    ),
+    "qat": None,
+}
+"""The training steps in the order in which a recipe may name them; None: takes no strength."""
+
+TRAINING_STEPS = tuple(STRENGTHS)
 FORMATS = ("float32", "float16", "dynamic", "int8")
 
 
@@ -45,18 +71,17 @@ class Recipe:
         return [self.steps[: n + 1] for n in range(len(self.steps))]
 
 
-def parse_recipe(text: str, *, sparsity: float, clusters: int) -> Recipe:
+def parse_recipe(text: str, strengths: Mapping[str, float]) -> Recipe:
     """Reads a recipe.
 
     Args:
       text: As the user wrote it.
-      sparsity: Strength of `prune` where the text names none, in (0, 1).
-      clusters: Strength of `cluster` where the text names none, 2 to 256.
+      strengths: By step, where the text names none: `CompressOptions.strengths`.
 
     Raises:
       ConfigError: Unknown step, strength out of range, or an order that cannot work.
 
-    >>> str(parse_recipe("prune+qat", sparsity=0.8, clusters=16))
+    >>> str(parse_recipe("prune+qat", {"prune": 0.8, "cluster": 16}))
     'prune@0.8+qat'
     """
     steps: list[Step] = []
@@ -70,11 +95,11 @@ def parse_recipe(text: str, *, sparsity: float, clusters: int) -> Recipe:
         if name in FORMATS and not strength:
             written = name
         elif name in TRAINING_STEPS:
-            step = _step(text, name, strength, sparsity, clusters)
+            step = _step(text, name, strength, strengths)
             before = steps[-1].name if steps else None
             if before is not None and TRAINING_STEPS.index(name) <= TRAINING_STEPS.index(before):
                 raise ConfigError(
-                    f"compress.recipes '{text}': '{name}' cannot follow '{before}'; the order is prune, cluster, qat, each once."
+                    f"compress.recipes '{text}': '{name}' cannot follow '{before}'; the order is {', '.join(TRAINING_STEPS)}, each once."
                 )
             steps.append(step)
         else:
@@ -89,23 +114,22 @@ def parse_recipe(text: str, *, sparsity: float, clusters: int) -> Recipe:
     return Recipe(tuple(steps), "int8" if quantized else written or "float32")
 
 
-def _step(text: str, name: str, strength: str, sparsity: float, clusters: int) -> Step:
-    if name == "qat":
+def _step(text: str, name: str, strength: str, strengths: Mapping[str, float]) -> Step:
+    takes = STRENGTHS[name]
+    if takes is None:
         if strength:
-            raise ConfigError(f"compress.recipes '{text}': qat takes no strength, got '@{strength}'; write 'qat'.")
-        return Step("qat")
+            raise ConfigError(
+                f"compress.recipes '{text}': {name} takes no strength, got '@{strength}'; write '{name}'."
+            )
+        return Step(name)
     try:
-        value = float(strength) if strength else float(sparsity if name == "prune" else clusters)
+        value = float(strength or strengths[name])
     except ValueError:
         raise ConfigError(
-            f"compress.recipes '{text}': the strength after '@' must be a number, got '{strength}'; write '{name}@{sparsity if name == 'prune' else clusters}'."
+            f"compress.recipes '{text}': the strength after '@' must be a number, got '{strength}'; write '{name}@{strengths[name]:g}'."
         ) from None
-    if name == "prune" and not 0 < value < 1:
+    if not takes.fits(value):
         raise ConfigError(
-            f"compress.recipes '{text}': prune takes a sparsity above 0 and below 1, got {value:g}; write for instance 'prune@0.8'."
-        )
-    if name == "cluster" and not (value.is_integer() and 2 <= value <= 256):
-        raise ConfigError(
-            f"compress.recipes '{text}': cluster takes a whole number from 2 to 256, got {value:g}; write for instance 'cluster@16'."
+            f"compress.recipes '{text}': {name} takes {takes.rule}, got {value:g}; write for instance '{takes.example}'."
         )
     return Step(name, value)

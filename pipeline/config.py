@@ -393,7 +393,7 @@ def _compression_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]
     for index, text in enumerate(config.compress.recipes):
         path = ("compress", "recipes", index)
         try:
-            recipe = parse_recipe(text, sparsity=prune.sparsity, clusters=config.compress.cluster.clusters)
+            recipe = parse_recipe(text, config.compress.strengths)
         except ConfigError as error:
             yield path, str(error)
         else:

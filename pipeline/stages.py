@@ -282,7 +282,7 @@ def prefix_name(steps: tuple[Any, ...]) -> str:
 
 def parse_step(config: Config, text: str) -> Recipe:
     """Reads a recipe with the configuration's default strengths."""
-    return parse_recipe(text, sparsity=config.compress.prune.sparsity, clusters=config.compress.cluster.clusters)
+    return parse_recipe(text, config.compress.strengths)
 
 
 JOURNEY = (

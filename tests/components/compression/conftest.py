@@ -16,7 +16,7 @@ from components.tracing import Trace
 
 SPEC = DataSpec(task="classification", input_name="image", input_shape=(8, 8, 1), labels=("top", "middle", "bottom"))
 OPTIONS = CompressOptions(
-    prune=PruneOptions(epochs=3, frequency=2), cluster=ClusterOptions(epochs=2), qat=QatOptions(epochs=2)
+    prune=PruneOptions(epochs=3, frequency=2), cluster=ClusterOptions(epochs=2, clusters=6), qat=QatOptions(epochs=2)
 )
 
 
@@ -113,7 +113,7 @@ def carry_out(
     """Every training step of `recipe` that is not in `done` yet."""
     given = {"options": OPTIONS, "strategy": tf.distribute.get_strategy(), "seed": 3, "trace": Trace()} | more
     options, made = given.pop("options"), None
-    for path in parse_recipe(recipe, sparsity=0.7, clusters=6).prefixes():
+    for path in parse_recipe(recipe, OPTIONS.strengths).prefixes():
         name = "+".join(map(str, path))
         if name not in done:
             (folder / name).mkdir(parents=True, exist_ok=True)

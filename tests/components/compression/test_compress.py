@@ -24,7 +24,7 @@ RECIPES = ["prune", "cluster", "prune+cluster", "qat", "prune+qat", "cluster+qat
 
 
 def step_of(recipe: str):
-    return parse_recipe(recipe, sparsity=0.7, clusters=6).steps
+    return parse_recipe(recipe, OPTIONS.strengths).steps
 
 
 def file_of(made: CompressedModel, folder: pathlib.Path, format: str, calibration: np.ndarray):
@@ -172,7 +172,7 @@ def test_a_damaged_base_or_artifact_is_said(base, batches, compressed, tmp_path)
 
 
 def test_before_a_run_untreated_layers_and_impossible_steps_are_told():
-    recipes = [parse_recipe(text, sparsity=0.7, clusters=6) for text in ("int8", "prune+qat", "cluster")]
+    recipes = [parse_recipe(text, OPTIONS.strengths) for text in ("int8", "prune+qat", "cluster")]
     lines = unsupported(small_model(), recipes)
     assert (
         "cluster leaves layer 'depth' (DepthwiseConv2D) alone: tfmot does not cluster depthwise kernels: unrecoverable loss of accuracy"
