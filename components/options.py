@@ -14,6 +14,7 @@ from pydantic import Field
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Pixels = Literal["zero_to_one", "minus_one_to_one", "zero_to_255"]
 
 
 class Options(pydantic.BaseModel):
@@ -134,6 +135,7 @@ class PreprocessOptions(Options):
     max_bad_fraction: Fraction = Field(0.01, description="More malformed rows than this share stop the run.")
     image_size: tuple[Count, Count] | None = Field(None, description="(height, width); null: the first picture's.")
     image_channels: Literal[1, 3] | None = Field(None, description="null: as the source has them.")
+    pixels: Pixels = Field("zero_to_one", description="The range in which a model gets pictures.")
     columns: dict[str, ColumnOptions] = Field({}, description="By column name; others follow `auto`.")
     select: FeatureSelection | None = None
     splits: SplitOptions = SplitOptions()
@@ -202,7 +204,7 @@ class StrategyOptions(Options):
 class TrainOptions(Options):
     """The base training."""
 
-    epochs: Count = 20
+    epochs: int = Field(20, ge=0, description="0: the model of model.file or model.builder is taken as it is.")
     batch_size: Count = 64
     optimizer: OptimizerOptions = OptimizerOptions()
     early_stopping: EarlyStopping | None = None

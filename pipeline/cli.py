@@ -10,11 +10,14 @@ import pathlib
 import signal
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from components.errors import ConstraintError, TrimlineError
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
 
 app = typer.Typer(
     name="trimline",
@@ -47,24 +50,57 @@ def run(
 
     What is in the workspace already is not done again. Ctrl-C loses nothing: the same command goes on where it stopped.
     """
-    from pipeline import tables
     from pipeline.config import load_config
-    from pipeline.results import Results
-    from pipeline.runner import LOG, run_folder
-    from pipeline.runner import run as run_pipeline
 
     with _errors():
-        loaded = load_config(config, overrides)
-        with _screen(run_folder(loaded) / LOG, show=not as_json) as screen:
-            results: Results = run_pipeline(loaded, until=until, force=force, screen=screen, quiet=False)
-        if until is not None and until != "report":
-            return
-        if as_json:
-            print(json.dumps(results.data, indent=1, sort_keys=True))
-        else:
-            tables.show_results(results)
-        if results.selected is None:
-            raise ConstraintError(results.data["selected_because"])
+        _walk(load_config(config, overrides), until, force, as_json)
+
+
+@app.command()
+def compress(
+    model: Annotated[pathlib.Path, typer.Argument(metavar="MODEL", help="A trained Keras 3 model, MODEL.keras.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="DATA",
+            help="What it was trained on: a folder of class folders with pictures, an .npz file with x and y, or a "
+            "configuration, of which all but model and training counts.",
+        ),
+    ],
+    overrides: Sets = [],  # noqa: B006 - typer copies it
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
+    force: Annotated[
+        list[str], typer.Option(metavar="STAGE", help="Do this stage again, and all that depends on it; may repeat.")
+    ] = [],  # noqa: B006 - typer copies it
+    as_json: AsJson = False,
+) -> None:
+    """Start from a trained model: everything that run does, without the training.
+
+    Pictures reach the model in [0, 1]; for one trained on other ranges say --set preprocess.pixels=zero_to_255 or
+    minus_one_to_one. Numbers of an .npz file are standardised unless --set preprocess.columns.x.rule=none.
+    """
+    from pipeline.config import load_config
+
+    with _errors():
+        _walk(load_config(data, overrides, model=model), until, force, as_json)
+
+
+def _walk(config: Config, until: str | None, force: list[str], as_json: bool) -> None:
+    """Carries `config` out and shows what came of it."""
+    from pipeline import tables
+    from pipeline.results import Results
+    from pipeline.runner import LOG, run, run_folder
+
+    with _screen(run_folder(config) / LOG, show=not as_json) as screen:
+        results: Results = run(config, until=until, force=force, screen=screen, quiet=False)
+    if until is not None and until != "report":
+        return
+    if as_json:
+        print(json.dumps(results.data, indent=1, sort_keys=True))
+    else:
+        tables.show_results(results)
+    if results.selected is None:
+        raise ConstraintError(results.data["selected_because"])
 
 
 @app.command()

@@ -39,7 +39,7 @@ from components.options import (
     TrainOptions,
 )
 from components.recipe import Recipe, parse_recipe
-from pipeline import rules, yaml_text
+from pipeline import adopt, rules, yaml_text
 from pipeline.rules import Origin, Spot
 from pipeline.yaml_text import KeyPath, dotted, shown
 
@@ -79,7 +79,12 @@ class Config(Options):
         return self
 
 
-def load_config(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    model: str | os.PathLike[str] | None = None,
+) -> Config:
     """Reads and checks a configuration.
 
     `${NAME}` in a path stands for an environment variable. A relative path starts at the file's folder; in an override,
@@ -88,11 +93,17 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any], overrides: S
     Args:
       source: A YAML file, the name of a template, or the values themselves.
       overrides: 'a.b=c', value in YAML, as after `--set` on the command line.
+      model: A trained `.keras` file that takes the place of the configuration's model and training. `source` may then be
+        the data themselves: a folder of class folders, or an `.npz` file.
 
     Raises:
       ConfigError: Whatever is wrong, the first of it, with its place.
     """
+    if model is not None and not isinstance(source, Mapping):
+        source = adopt.data_alone(pathlib.Path(source)) or source
     data, origin = _values(source) if isinstance(source, Mapping) else _read(source)
+    if model is not None:
+        adopt.adopt(data, origin, model)
     for override in overrides:
         _override(data, origin, override)
     if isinstance(data, dict):
@@ -369,7 +380,13 @@ def _training_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
             f"train.optimizer.momentum is for sgd only, got {train.optimizer.momentum:g} with "
             f"{train.optimizer.name}; leave it out.",
         )
-    if train.optimizer.warmup_epochs >= train.epochs:
+    if not train.epochs and config.model.name is not None:
+        yield (
+            ("train", "epochs"),
+            "train.epochs=0 takes a model as it is, so it must be one that is trained, got "
+            f"model.name={config.model.name}; give model.file, or an epoch.",
+        )
+    if train.optimizer.warmup_epochs >= max(train.epochs, 1):
         yield (
             ("train", "optimizer", "warmup_epochs"),
             f"train.optimizer.warmup_epochs must be below train.epochs={train.epochs}, got "

@@ -155,6 +155,29 @@ def test_one_changed_recipe_step_retrains_neither_the_base_nor_the_others(journe
     }  # fmt: skip
 
 
+def test_a_trained_model_is_compressed_without_training(journey, results, tmp_path):
+    """The journey's own model, given by hand: its float32 file must be the same to the byte."""
+    (model,) = journey.glob("workspace/store/train/*/model.keras")
+    (tmp_path / "mine.keras").write_bytes(model.read_bytes())
+    write_slice(tmp_path)
+    sets = [
+        each for text in ("seed=3", "compress.recipes=[int8,prune@0.5]", "measure.runs=9") for each in ("--set", text)
+    ]
+    done = trimline("compress", "mine.keras", "--data", "slice.yaml", *sets, folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    made = json.loads((tmp_path / "workspace" / "mine" / "results.json").read_text())
+    before = {variant["recipe"]: variant for variant in results["variants"]}
+    after = {variant["recipe"]: variant for variant in made["variants"]}
+    assert list(after) == ["float32", "int8", "prune@0.5"]
+    assert after["float32"]["sha256"] == before["float32"]["sha256"]
+    assert after["int8"]["metric"] == before["int8"]["metric"]
+    (trained,) = (tmp_path / "workspace" / "store" / "train").glob("*/trained.json")
+    assert json.loads(trained.read_text())["epochs"] == 0
+    refused = trimline("compress", "mine.keras", "--data", "table.csv", folder=tmp_path)
+    assert refused.returncode == 2
+    assert "a table needs a configuration that names its label" in refused.stderr
+
+
 def test_impossible_constraints_exit_with_their_own_code_and_say_by_how_much(journey):
     done = trimline("run", "slice.yaml", "--set", "select.max_bytes=10", "--set", "name=tight", folder=journey)
     assert done.returncode == 7

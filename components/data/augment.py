@@ -31,25 +31,26 @@ def check_augmentation(augmentation: Augmentation, spec: DataSpec) -> None:
             )
 
 
-def augment(x: Tensor, seed: Tensor, augmentation: Augmentation) -> Tensor:
+def augment(x: Tensor, seed: Tensor, augmentation: Augmentation, pixels: tuple[float, float] = (0.0, 1.0)) -> Tensor:
     """Changes each example of a batch on its own; what is off costs nothing and changes no bit.
 
     Args:
-      x: float32 (batch, height, width, channels) in [0, 1], or (batch, n) where only `noise` is on.
+      x: float32 (batch, height, width, channels) in the range `pixels`, or (batch, n) where only `noise` is on.
       seed: int64 (2,); the same seed gives the same changes.
-      augmentation: Flip, then one affine change (zoom, rotation, shift; what comes in from outside is 0), then noise.
+      augmentation: Flip, then one affine change (zoom, rotation, shift; what comes in from outside is black), then noise.
+      pixels: Black and white.
 
     Returns:
-      float32, shape of `x`; pictures stay in [0, 1], so that noise shifts no range that int8 is calibrated for.
+      float32, shape of `x`; pictures stay in their range, so that noise shifts no range that int8 is calibrated for.
     """
     seeds = tf.random.split(seed, 3)
     if augmentation.flip:
         x = _flipped(x, seeds[0])
     if augmentation.shift or augmentation.rotation or augmentation.zoom:
-        x = _moved(x, seeds[1], augmentation)
+        x = _moved(x, seeds[1], augmentation, pixels)
     if augmentation.noise:
         noisy = x + tf.random.stateless_normal(tf.shape(x), seeds[2], stddev=augmentation.noise)
-        x = tf.clip_by_value(noisy, 0.0, 1.0) if len(x.shape) == 4 else noisy
+        x = tf.clip_by_value(noisy, *pixels) if len(x.shape) == 4 else noisy
     return x
 
 
@@ -58,7 +59,7 @@ def _flipped(x: Tensor, seed: Tensor) -> Tensor:
     return tf.where(chosen, tf.reverse(x, [2]), x)
 
 
-def _moved(x: Tensor, seed: Tensor, augmentation: Augmentation) -> Tensor:
+def _moved(x: Tensor, seed: Tensor, augmentation: Augmentation, pixels: tuple[float, float]) -> Tensor:
     height, width = x.shape[1], x.shape[2]
     draw = tf.random.stateless_uniform((4, tf.shape(x)[0]), seed, -1.0, 1.0)
     angle = draw[0] * math.radians(augmentation.rotation)
@@ -70,12 +71,12 @@ def _moved(x: Tensor, seed: Tensor, augmentation: Augmentation) -> Tensor:
         images=x,
         transforms=transforms,
         output_shape=[height, width],
-        fill_value=0.0,
+        fill_value=pixels[0],
         interpolation="BILINEAR",
         fill_mode="CONSTANT",
     )
-    # Rounding in the interpolation may leave [0, 1] by one unit in the last place.
-    return tf.clip_by_value(tf.ensure_shape(moved, x.shape), 0.0, 1.0)
+    # Rounding in the interpolation may leave the range by one unit in the last place.
+    return tf.clip_by_value(tf.ensure_shape(moved, x.shape), *pixels)
 
 
 def affine(angle: Tensor, scale: Tensor, down: Tensor, right: Tensor, size: tuple[int, int]) -> Tensor:

@@ -24,6 +24,7 @@ import tensorflow as tf
 from components.artifacts import SPLITS, Batches, PreparedData
 from components.data.augment import augment, check_augmentation
 from components.data.blocks import Layout, read_blocks
+from components.data.transform import RANGES, in_range
 from components.errors import ConfigError, ContractError
 from components.options import Augmentation
 
@@ -36,7 +37,6 @@ SHUFFLE_BYTES = 128 << 20
 SUPER_ROWS = 16_384
 _FILES_AT_ONCE = 16
 _BLOCKS_AT_ONCE = 256
-_PIXEL_SCALE = np.float32(1 / 255)
 
 
 def make_batches(data: PreparedData, *, augmentation: Augmentation) -> Batches:
@@ -111,7 +111,7 @@ def training_batches(
 
     def finish(key: Tensor, step: Tensor, chosen: Any) -> tuple[Tensor, Tensor]:
         x, y = inputs.expand(columns_of(chosen))
-        return augment(x, _key(key, _FIRST_STEP + step), augmentation), y
+        return augment(x, _key(key, _FIRST_STEP + step), augmentation, RANGES.get(inputs.pixels, (0.0, 1.0))), y
 
     # One map for all that a batch needs: each further one costs a small batch as much as its work.
     made = made.map(finish, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
@@ -175,6 +175,7 @@ class _Inputs:
     depths: tuple[int, ...]
     input_shape: tuple[int, ...]
     regression: bool
+    pixels: str
 
     @classmethod
     def of(cls, data: PreparedData) -> _Inputs:
@@ -187,12 +188,14 @@ class _Inputs:
             raise ContractError(
                 f"{data.folder}: the stored columns {shapes} with one-hot widths {depths} must make inputs of shape {data.spec.input_shape}; run preprocess again with --force preprocess."
             )
-        return cls(layout, depths, found, data.spec.task == "regression")
+        pixels = data.transform["inputs"].get("pixels", "")
+        return cls(layout, depths, found, data.spec.task == "regression", pixels)
 
     def expand(self, columns: Columns) -> tuple[Tensor, Tensor]:
-        """Inputs and labels of some rows; bit-equal to the NumPy definition, because each value is one product."""
+        """Inputs and labels of some rows; bit-equal to the NumPy definition, because only one product is rounded."""
         labels = columns["label"]
-        x = tf.cast(columns["image"], tf.float32) * _PIXEL_SCALE if "image" in columns else self._features(columns)
+        pictures = "image" in columns
+        x = in_range(tf.cast(columns["image"], tf.float32), self.pixels) if pictures else self._features(columns)
         return x, labels[:, tf.newaxis] if self.regression else labels
 
     def _features(self, columns: Columns) -> Tensor:

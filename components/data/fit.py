@@ -32,7 +32,11 @@ def fit(
     """
     label = _label(schema, stats)
     if schema.kind == "image":
-        facts = {"inputs": {"kind": "image"}, "size": list(schema.shape[:2]), "channels": schema.shape[2]}
+        facts = {
+            "inputs": {"kind": "image", "pixels": schema.pixels},
+            "size": list(schema.shape[:2]),
+            "channels": schema.shape[2],
+        }
         features = [_feature("image", "image", int(np.prod(schema.shape)))]
         return {"schema": 1, "kind": "image", "label": label, **facts}, features
     if schema.kind == "values":

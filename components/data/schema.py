@@ -62,6 +62,7 @@ class Schema:
       missing: Cells that mean: no value; without blanks around them.
       shape: (height, width, channels) of stored pictures, or (width,) of values.
       rule: 'standardise' or 'none'; values only.
+      pixels: The range in which a model gets pictures; images only.
     """
 
     kind: str
@@ -72,6 +73,7 @@ class Schema:
     missing: tuple[str, ...] = ()
     shape: tuple[int, ...] = ()
     rule: str = "standardise"
+    pixels: str = "zero_to_one"
 
     def to_json(self) -> dict[str, Any]:
         """The schema as JSON-able values."""
@@ -94,7 +96,7 @@ def infer(seen: Peek, source: Source, options: PreprocessOptions, task: Task | N
     ending = getattr(source, "label_strip", "")
     found = task or guess_task(seen.labels, ending)
     if seen.kind == "image":
-        return Schema(kind="image", task=found, shape=_picture_shape(seen.shape, options))
+        return Schema(kind="image", task=found, shape=_picture_shape(seen.shape, options), pixels=options.pixels)
     if seen.kind == "values":
         usual = ColumnOptions(rule="none" if source.kind == "line" else "standardise")  # a line is read off its weights
         rule = options.columns.get("x", usual).rule
@@ -176,6 +178,10 @@ def _check_names(seen: Peek, source: Source, options: PreprocessOptions) -> None
         _check_name("preprocess.splits.group", options.splits.group, list(seen.columns))
     if seen.kind == "values" and options.columns.get("x", ColumnOptions()).rule == "bucketise":
         raise ConfigError("preprocess.columns.x.rule: arrays take standardise or none, got 'bucketise'; choose one.")
+    if options.pixels != "zero_to_one" and seen.kind != "image":
+        raise ConfigError(
+            f"preprocess.pixels: only pictures have pixels, got {options.pixels} for a source of kind {source.kind}; remove it."
+        )
     if options.select is not None and seen.kind != "table":
         raise ConfigError(
             f"preprocess.select: only the columns of a csv source are selected, got {source.kind}; remove it."

@@ -16,7 +16,8 @@ The JSON form, `Transform.to_json()`:
        {"name", "kind": "category", "vocabulary": [...]}]}
     {"schema": 1, "kind": "values", "inputs": {"kind": "features", "depths": []}, "label": LABEL,
      "mean": [...], "std": [...]}
-    {"schema": 1, "kind": "image",  "inputs": {"kind": "image"}, "label": LABEL, "size": [height, width], "channels": 1 | 3}
+    {"schema": 1, "kind": "image",  "inputs": {"kind": "image", "pixels": "zero_to_one" | "minus_one_to_one" | "zero_to_255"},
+                                    "label": LABEL, "size": [height, width], "channels": 1 | 3}
     LABEL = {"kind": "classes", "names": [...], "strip": "."} | {"kind": "number"}
 """
 
@@ -33,7 +34,9 @@ import numpy as np
 MISSING_ID = 0
 UNKNOWN_ID = 1
 RESERVED_IDS = 2
-PIXEL_SCALE = np.float32(1 / 255)
+_PIXEL_SCALE = np.float32(1 / 255)
+RANGES = {"zero_to_one": (0.0, 1.0), "minus_one_to_one": (-1.0, 1.0), "zero_to_255": (0.0, 255.0)}
+"""Black and white as a model gets them, by what `preprocess.pixels` may be."""
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _FLOAT32_LIMIT = float(np.finfo(np.float32).max)
 _BLANKS = " \t\n\r\v\f"
@@ -188,12 +191,12 @@ class Transform:
         return self._table(columns)
 
     def to_inputs(self, features: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Stored features to the model's input: float32 (rows, *input_shape); pictures in [0, 1].
+        """Stored features to the model's input: float32 (rows, *input_shape); pictures in the range that `pixels` names.
 
         Features are the numbers, then the one-hot form of each id column, in order.
         """
         if self.kind == "image":
-            return features["image"].astype(np.float32) * PIXEL_SCALE
+            return in_range(features["image"].astype(np.float32), self._facts["inputs"]["pixels"])
         parts = [features["numbers"].astype(np.float32)] if "numbers" in features else []
         for place, depth in enumerate(self._facts["inputs"]["depths"]):
             parts.append((features["ids"][:, place, None] == np.arange(depth, dtype=np.int32)).astype(np.float32))
@@ -310,6 +313,17 @@ def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     if picture.shape[1] != width:
         picture = _resample(picture.transpose(1, 0, 2), width).transpose(1, 0, 2)
     return _resample(picture, height) if picture.shape[0] != height else picture
+
+
+def in_range(pixels: Any, name: str) -> Any:
+    """float32 values of 0 to 255 in the range of that name; NumPy arrays and tensors alike, bit by bit.
+
+    At most one product is rounded, and doubling is exact, so no order of the steps gives other bits.
+    """
+    if name == "zero_to_255":
+        return pixels
+    unit = pixels * _PIXEL_SCALE
+    return unit * np.float32(2) - np.float32(1) if name == "minus_one_to_one" else unit
 
 
 def _resample(picture: np.ndarray, size: int) -> np.ndarray:

@@ -158,7 +158,7 @@ def _preprocessing(transform: Mapping[str, Any]) -> dict[str, Any]:
             "kind": "image",
             "size": list(transform["size"]),
             "channels": transform["channels"],
-            "scale": "uint8 * 1/255",
+            "pixels": transform["inputs"]["pixels"],
         }
     if transform["kind"] == "values":
         return {"kind": "values", "width": len(transform["mean"]), "rule": "standardise"}

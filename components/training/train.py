@@ -31,6 +31,7 @@ from components.training.model import outputs_of
 from components.training.optimizer import make_optimizer
 from components.training.replicas import check_batch
 
+_GUESS = 1.2  # a model below this many times the accuracy of a guess is fed wrongly rather than bad
 _SECONDS_PER_CALL = 0.25  # how often progress is told; a call's fixed cost of some 2 ms stays below 1 percent of it
 
 
@@ -48,7 +49,7 @@ def train(
     """Trains and writes `model.keras`, `history.json` and, last, `trained.json`.
 
     Args:
-      options: Epochs, global batch size, optimizer, early stopping.
+      options: Epochs, global batch size, optimizer, early stopping; 0 epochs take the model as it is.
       build_model: Returns a built model with the same initial weights each time; called under the strategy's scope.
       model_options: Says whether a classifier returns logits or probabilities.
       batches: Augmentation is theirs; only the splits train and validation are read.
@@ -59,7 +60,7 @@ def train(
 
     Returns:
       The folder's artifact. Its facts: outputs, parameters, epochs, best_epoch (whose weights these are; 1 is the
-      first), train and validation {"loss", "accuracy" | "rmse"}, seconds.
+      first, 0 are those that the model came with), train and validation {"loss", "accuracy" | "rmse"}, seconds.
 
     Raises:
       ConfigError: The batch does not divide by the replicas or exceeds the training split; an optimizer option is wrong.
@@ -69,8 +70,8 @@ def train(
     steps = _check(options, batches, strategy, trace)
     with strategy.scope():
         model = build_model()
-        optimizer = make_optimizer(options.optimizer, steps, options.epochs)
-        if not model.trainable_variables:
+        optimizer = make_optimizer(options.optimizer, steps, max(1, options.epochs))
+        if options.epochs and not model.trainable_variables:
             raise ModelError(
                 f"model '{model.name}' has no trainable weights; set layer.trainable = True on some layer."
             )
@@ -82,7 +83,7 @@ def train(
     run.resume()
     _trace_graph(trace, model)
     run.to_the_end()
-    return _finish(run, outputs)
+    return _finish(run, outputs, run.taken_over() if not options.epochs else run.learned())
 
 
 def _check(options: TrainOptions, batches: Batches, strategy: tf.distribute.Strategy, trace: Trace) -> int:
@@ -156,6 +157,26 @@ class _Run:
             self._trace_epoch(row)
             self._keep(row)
 
+    def learned(self) -> dict[str, Any]:
+        """Facts of a training: those of the epoch whose weights are kept."""
+        at, names = self.best_epoch - 1, ("loss", _metric_name(self.batches))
+        return {
+            "train": {name: self.history[name][at] for name in names},
+            "validation": {name: self.history[f"val_{name}"][at] for name in names if "val_loss" in self.history},
+            "seconds": sum(self.history["seconds"]),
+        }
+
+    def taken_over(self) -> dict[str, Any]:
+        """Facts of a model that came trained. Says so where it is no better than a guess: it is fed in another way then."""
+        found, started = self._validate(), time.perf_counter()
+        classes = self.batches.spec.outputs
+        if found.get("accuracy", 1.0) < _GUESS / classes:
+            self.trace.warn(
+                f"The model answers {found['accuracy']:.4f} of the validation rows rightly, a guess among {classes} classes {1 / classes:.4f}: "
+                "it may be fed in another way than it was trained; see preprocess.pixels, preprocess.columns and the order of the labels."
+            )
+        return {"train": {}, "validation": found, "seconds": time.perf_counter() - started}
+
     def _over(self) -> bool:
         stopping = self.options.early_stopping
         out_of_patience = stopping is not None and self.best and self.epoch - self.best_epoch >= stopping.patience
@@ -195,6 +216,10 @@ class _Run:
 
     def _diverged(self, epoch: int, what: str, when: str) -> ModelError:
         rate = self.options.optimizer.learning_rate
+        if not self.options.epochs:
+            return ModelError(
+                "train: the validation loss of the model that was given is not finite; feed it as it was trained (preprocess.pixels, preprocess.columns)."
+            )
         return ModelError(
             f"train: the {what} is not finite in epoch {epoch}, {when}; lower train.optimizer.learning_rate={rate:g} "
             f"(try {rate / 10:g}), or look for extreme values in the data."
@@ -235,7 +260,11 @@ def _trace_graph(trace: Trace, model: keras.Model) -> None:
     trace.graph(model.name, tf.function(lambda x: model(x, training=False)).get_concrete_function(spec))
 
 
-def _finish(run: _Run, outputs: str) -> TrainedModel:
+def _metric_name(batches: Batches) -> str:
+    return "accuracy" if batches.spec.task == "classification" else "rmse"
+
+
+def _finish(run: _Run, outputs: str, learned: dict[str, Any]) -> TrainedModel:
     """Writes the files, the face last, and removes the checkpoints."""
     if run.best:
         _assign(run.model.variables, run.best)
@@ -244,16 +273,12 @@ def _finish(run: _Run, outputs: str) -> TrainedModel:
     run.model.save(temporary)
     temporary.replace(made.file)
     write_json(run.folder / "history.json", run.history)
-    metric = "accuracy" if run.batches.spec.task == "classification" else "rmse"
-    at = run.best_epoch - 1
     facts = {
         "outputs": outputs,
         "parameters": run.model.count_params(),
         "epochs": run.epoch,
         "best_epoch": run.best_epoch,
-        "train": {name: run.history[name][at] for name in ("loss", metric)},
-        "validation": {name: run.history[f"val_{name}"][at] for name in ("loss", metric) if "val_loss" in run.history},
-        "seconds": sum(run.history["seconds"]),
+        **learned,
     }
     write_json(run.folder / "trained.json", facts)
     checkpoint.remove(run.folder)

@@ -146,9 +146,9 @@ REFUSED = {
     "train: {epoch: 3}": "my.yaml:4: train.epoch is not a key of train, got 3; did you mean 'epochs'?",
     "seeed: 1": "my.yaml:4: seeed is not a key of the configuration, got 1; did you mean 'seed'?",
     "bundle: {xyz: 1}": "my.yaml:4: bundle.xyz is not a key of bundle, got 1; use one of golden.",
-    "train:\n  epochs: 0": "my.yaml:5: train.epochs must be a whole number of at least 1, got 0; leave it out for the "
+    "train:\n  epochs: -1": "my.yaml:5: train.epochs must be a whole number of at least 0, got -1; leave it out for the "
     "default, 20.",
-    "train:\n\n  # more\n  epochs: 3.0": "my.yaml:7: train.epochs must be a whole number of at least 1, got 3.0; leave it "
+    "train:\n\n  # more\n  epochs: 3.0": "my.yaml:7: train.epochs must be a whole number of at least 0, got 3.0; leave it "
     "out for the default, 20.",
     "train: {batch_size: '5'}": "my.yaml:4: train.batch_size must be a whole number of at least 1, got '5'; leave it out "
     "for the default, 64.",
@@ -287,10 +287,10 @@ def test_a_name_is_safe_as_a_folder_and_not_the_store_s(here, name):
 OVERRIDES = {
     "train.epoch=5": "train.epoch is not a key of train, got 5; did you mean 'epochs'?",
     "trian.epochs=5": "trian is not a key of the configuration, got {'epochs': 5}; did you mean 'train'?",
-    "train.epochs.x=5": "train.epochs must be a whole number of at least 1, got {'x': 5}; leave it out for the default, 20.",
+    "train.epochs.x=5": "train.epochs must be a whole number of at least 0, got {'x': 5}; leave it out for the default, 20.",
     "train.epochs": "must be KEY=VALUE, got 'train.epochs'; write for instance --set train.epochs=5.",
     "train..epochs=1": "must be KEY=VALUE, got 'train..epochs=1'; write for instance --set train.epochs=5.",
-    "train.epochs=abc": "train.epochs must be a whole number of at least 1, got 'abc'; leave it out for the default, 20.",
+    "train.epochs=abc": "train.epochs must be a whole number of at least 0, got 'abc'; leave it out for the default, 20.",
     "train.epochs=[": "must be YAML, got a fault: expected the node content, but found '<stream end>'; check indentation, "
     "colons, brackets and quotes there.",
 }
@@ -385,7 +385,7 @@ def test_the_schema_refuses_what_the_loader_refuses(here):
         {**DIGITS, "seed": "1"},
         {**DIGITS, "name": "a/b"},
         {**DIGITS, "source": {"kind": "cvs"}},
-        {**DIGITS, "train": {"epochs": 0}},
+        {**DIGITS, "train": {"epochs": -1}},
         {**DIGITS, "preprocess": {"image_size": [1]}},
         {"name": "mine"},
     ):

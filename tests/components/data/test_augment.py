@@ -134,6 +134,12 @@ def test_what_comes_in_from_outside_is_zero() -> None:
     assert both_ways(x, Augmentation(shift=0.4)).min() == 0
 
 
+def test_what_comes_in_from_outside_is_black_in_the_range_of_the_pixels() -> None:
+    x = np.full((50, 9, 9, 1), 0.5, np.float32)
+    found = augment(tf.constant(x), tf.constant([1, 0], tf.int64), Augmentation(shift=0.4, noise=3.0), (-1.0, 1.0))
+    assert (found.numpy().min(), found.numpy().max()) == (-1, 1)
+
+
 def test_noise_has_the_standard_deviation_that_was_asked_for_and_tables_are_not_clipped() -> None:
     x = np.full((500, 20), 0.5, np.float32)
     found = both_ways(x, Augmentation(noise=2.0)) - x

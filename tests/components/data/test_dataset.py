@@ -14,7 +14,7 @@ from components.artifacts import DataSpec, PreparedData, write_json
 from components.data import dataset
 from components.data.blocks import Layout, encode, write_blocks
 from components.data.dataset import batches, make_batches, parse, read, steps_per_epoch, training_batches
-from components.data.transform import Transform
+from components.data.transform import RANGES, Transform
 from components.errors import ConfigError, ContractError
 from components.options import Augmentation
 
@@ -63,7 +63,7 @@ PICTURES = DataSpec(task="classification", input_name="image", input_shape=(4, 6
 PICTURE_TRANSFORM: dict[str, Any] = {
     "schema": 1,
     "kind": "image",
-    "inputs": {"kind": "image"},
+    "inputs": {"kind": "image", "pixels": "zero_to_one"},
     "label": {"kind": "classes", "names": ["a", "b", "c"], "strip": ""},
 }
 
@@ -135,13 +135,22 @@ def test_a_pass_gives_every_row_once_in_file_order_bit_equal_to_the_transform(
     assert y.tolist() == given["label"].tolist()
 
 
-def test_all_256_pixel_values_become_the_transforms_floats(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(("pixels", "ends"), RANGES.items())
+def test_all_256_pixel_values_become_the_transforms_floats(
+    tmp_path: pathlib.Path, pixels: str, ends: tuple[float, float]
+) -> None:
+    transform = PICTURE_TRANSFORM | {"inputs": {"kind": "image", "pixels": pixels}}
     columns = {"image": np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1), "label": np.zeros(1, np.int32)}
     spec = dataclasses.replace(PICTURES, input_shape=(16, 16, 1))
-    data = prepared(tmp_path / "d", spec, PICTURE_TRANSFORM, {"test": [[columns]]})
+    data = prepared(tmp_path / "d", spec, transform, {"test": [[columns]], "train": [[columns]]})
     x, _ = read(data, "test")
-    assert x.tobytes() == Transform(PICTURE_TRANSFORM).to_inputs(columns).tobytes()
-    assert (x.min(), x.max()) == (0, 1)
+    assert x.tobytes() == Transform(transform).to_inputs(columns).tobytes()
+    assert (x.min(), x.max()) == ends
+    assert len(np.unique(x)) == 256
+    assert next(batches(data, "test", batch_size=1).as_numpy_iterator())[0].tobytes() == x.tobytes()
+    shifted = training_batches(data, batch_size=1, seed=0, augmentation=Augmentation(shift=0.9, noise=9.0))
+    moved = np.concatenate([batch for batch, _ in take(shifted, 4)])
+    assert (moved.min(), moved.max()) == ends
 
 
 def test_a_table_is_its_numbers_and_then_each_id_one_hot(table: PreparedData) -> None:

@@ -148,7 +148,8 @@ def test_grey_gives_the_bytes_of_pillow_and_colour_repeats_grey():
 
 
 def test_pictures_of_any_size_become_one_array_in_range():
-    facts = {"schema": 1, "kind": "image", "inputs": {"kind": "image"}, "label": LABEL, "size": [4, 5], "channels": 1}
+    facts = {"schema": 1, "kind": "image", "label": LABEL, "size": [4, 5], "channels": 1}
+    facts["inputs"] = {"kind": "image", "pixels": "zero_to_one"}
     made = Transform(facts)
     features = made.apply({"pixels": [np.full((8, 8, 3), 255, np.uint8), np.zeros((2, 3), np.uint8)]})
     inputs = made.to_inputs(features)

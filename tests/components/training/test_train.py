@@ -254,6 +254,41 @@ def test_a_frozen_model_is_refused(pictures, tmp_path):
         train(TrainOptions(), lambda: model, MLP, pictures, tmp_path, strategy=DEFAULT, seed=1, trace=Trace())
 
 
+# --- a model that came trained -------------------------------------------------------------------------------------------
+
+
+def test_no_epochs_take_the_model_as_it_is_and_judge_it(pictures, tmp_path):
+    learned = run(tmp_path / "learned", TrainOptions(epochs=4, batch_size=20), pictures)
+    given = ModelOptions(file=str(learned.file))
+    taken = run(tmp_path / "taken", TrainOptions(epochs=0, batch_size=20), pictures, given)
+    assert [each.tobytes() for each in weights_of(taken)] == [each.tobytes() for each in weights_of(learned)]
+    assert taken.facts["validation"] == pytest.approx(learned.facts["validation"])
+    assert (taken.facts["epochs"], taken.facts["best_epoch"], taken.facts["train"]) == (0, 0, {})
+    assert history_of(taken) == {}
+
+
+def test_a_trained_model_that_is_fed_in_another_way_is_told(pictures, make_batches, tmp_path):
+    options = TrainOptions(epochs=10, batch_size=16, optimizer={"name": "adam", "learning_rate": 0.01})
+    learned = run(tmp_path / "learned", options, pictures)
+    x, y = next(iter(pictures.ordered("validation", 60)))
+    wrong = make_batches(pictures.spec, train=(x, y), validation=(x, (y + 1) % 3))  # labels in another order
+    warned = []
+    given = ModelOptions(file=str(learned.file))
+    run(
+        tmp_path / "t", TrainOptions(epochs=0, batch_size=20), wrong, given, trace=Trace(None, on_warning=warned.append)
+    )
+    assert len(warned) == 1
+    assert "a guess among 3 classes 0.3333: it may be fed in another way" in warned[0]
+
+
+def test_a_frozen_model_that_came_trained_is_taken(pictures, tmp_path):
+    model = build(MLP, pictures.spec, seed=1)
+    model.trainable = False
+    options = TrainOptions(epochs=0)
+    made = train(options, lambda: model, MLP, pictures, tmp_path, strategy=DEFAULT, seed=1, trace=Trace())
+    assert made.facts["parameters"] == model.count_params()
+
+
 # --- what it tells -----------------------------------------------------------------------------------------------------
 
 
