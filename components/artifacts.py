@@ -164,7 +164,8 @@ class CompressedModel:
     """The folder that one compression step leaves; face: `compressed.json`.
 
     `facts` holds {"recipe": "prune@0.8+cluster@16", "quantized": bool, "outputs": "logits" | "probabilities",
-    "layers": [Promise, ...], "untreated": [{"layer", "class", "reason"}, ...], "validation": {...}}.
+    "layers": [Promise, ...], "untreated": [{"layer", "class", "reason"}, ...], "validation": {...},
+    "reports": {step: what it recorded beside its promises}}.
     """
 
     folder: pathlib.Path

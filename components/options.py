@@ -223,6 +223,16 @@ class FineTune(Options):
     exclude: list[str] = Field([], description="Layer names that the step leaves alone.")
 
 
+class LowRankOptions(FineTune):
+    """Two thin kernels for a large one, by singular values (Denton et al. 2014, arXiv 1404.0736)."""
+
+    energy: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.9,
+        description="Share of the sum of a kernel's squared singular values that is kept, where the recipe names none.",
+    )
+    minimum_rank: Count = Field(1, description="No kernel comes down to a lower rank.")
+
+
 class PruneOptions(FineTune):
     """Magnitude pruning (Zhu and Gupta 2017, arXiv 1710.01878)."""
 
@@ -274,10 +284,11 @@ class CompressOptions(Options):
         ],
         min_length=1,
         description="Paths in the compression tree: steps joined by '+', strength after '@'. "
-        "Steps: prune[@sparsity], cluster[@clusters], qat. Last, how it is written: "
+        "Steps: lowrank[@energy], prune[@sparsity], cluster[@clusters], qat. Last, how it is written: "
         "float32, float16, dynamic, int8.",
     )
     batch_size: Count | None = Field(None, description="null: as in train.")
+    lowrank: LowRankOptions = LowRankOptions()
     prune: PruneOptions = PruneOptions()
     cluster: ClusterOptions = ClusterOptions()
     qat: QatOptions = QatOptions()
@@ -285,7 +296,11 @@ class CompressOptions(Options):
     @property
     def strengths(self) -> dict[str, float]:
         """By step: the strength that it has where a recipe names none."""
-        return {"prune": self.prune.sparsity, "cluster": self.cluster.clusters}
+        return {
+            "lowrank": self.lowrank.energy,
+            "prune": self.prune.sparsity,
+            "cluster": self.cluster.clusters,
+        }
 
 
 # --- delivery ----------------------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
     recipe = step ("+" step)*        training steps first, at most one way of writing last
     step   = name ["@" strength]
 
-Training steps come in the order prune, cluster, qat, each at most once: a later step keeps what an earlier one did, and
-the reverse is not possible (pruning after clustering would move centroids, training after QAT would lose its ranges).
+Training steps come in the order of STRENGTHS, each at most once: a later step keeps what an earlier one did, and the
+reverse is not possible (pruning after clustering would move centroids, training after QAT would lose its ranges).
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ class Strength:
 
 
 STRENGTHS: dict[str, Strength | None] = {
+    "lowrank": Strength(
+        lambda value: 0 < value < 1, "a share of the kernel's energy above 0 and below 1", "lowrank@0.9"
+    ),
     "prune": Strength(lambda value: 0 < value < 1, "a sparsity above 0 and below 1", "prune@0.8"),
     "cluster": Strength(
         lambda value: value.is_integer() and 2 <= value <= 256, "a whole number from 2 to 256", "cluster@16"
@@ -45,7 +48,7 @@ FORMATS = ("float32", "float16", "dynamic", "int8")
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One training step; `strength` is a sparsity in (0, 1) for prune, a count of clusters for cluster, None for qat."""
+    """One training step; `strength` as STRENGTHS says, None for a step that takes none."""
 
     name: str
     strength: float | None = None

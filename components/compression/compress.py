@@ -22,7 +22,15 @@ from components.artifacts import Batches, CompressedModel, TrainedModel, read_js
 from components.compression import quantize as quantization
 from components.compression.finetune import Setting, finish
 from components.compression.kernels import kernels
-from components.compression.steps import FORESEE, STEPS, Done, Start, set_trainable
+from components.compression.steps import (
+    FORESEE,
+    STEPS,
+    Done,
+    Start,
+    all_promises,
+    covering_factors,
+    set_trainable,
+)
 from components.compression.twin import to_twin
 from components.errors import ContractError
 from components.options import CompressOptions
@@ -81,7 +89,7 @@ def compress(
     )
     with strategy.scope():
         start = _start(base, prefix)
-    done = STEPS[step.name](start, step, options, setting)
+    done = STEPS[step.name](start, step, covering_factors(options, start.reports), setting)
     for each in done.untreated:
         trace.text("untreated", f"`{each.layer}` ({each.kind}): {each.reason}")
     return _save(folder, recipe, start, done, setting)
@@ -91,14 +99,20 @@ def _start(base: TrainedModel, prefix: CompressedModel | None) -> Start:
     if prefix is not None:
         twin = load(prefix)
         promises = {promise.layer: promise for promise in prefix.promises}
-        return Start(twin=twin, promises=promises, outputs=prefix.facts["outputs"], untreated=prefix.facts["untreated"])
+        return Start(
+            twin=twin,
+            promises=promises,
+            outputs=prefix.facts["outputs"],
+            untreated=prefix.facts["untreated"],
+            reports=prefix.facts["reports"],
+        )
     try:
         model = keras.saving.load_model(base.file, compile=False)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ContractError(
             f"{base.file}: a Keras 3 model was promised, got {error}; run train again with --force."
         ) from error
-    return Start(twin=to_twin(model), promises={}, outputs=base.facts["outputs"], untreated=[])
+    return Start(twin=to_twin(model), promises={}, outputs=base.facts["outputs"], untreated=[], reports={})
 
 
 # --- the artifact ------------------------------------------------------------------------------------------------
@@ -120,9 +134,10 @@ def _save(
             "recipe": "+".join(map(str, recipe)),
             "quantized": done.quantized is not None,
             "outputs": start.outputs,
-            "layers": [dataclasses.asdict(promise) for promise in done.promises],
+            "layers": [dataclasses.asdict(promise) for promise in all_promises(start, done)],
             "untreated": [*start.untreated, *untreated],
             "validation": done.validation,
+            "reports": {**start.reports, **({str(recipe[-1]): done.report} if done.report else {})},
         },
     )
     finish(setting)

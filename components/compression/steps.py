@@ -16,6 +16,7 @@ import tf_keras
 
 from components.artifacts import Promise
 from components.compression import cluster as clustering
+from components.compression import lowrank
 from components.compression import prune as pruning
 from components.compression import quantize as quantization
 from components.compression.finetune import Setting, finetune
@@ -37,12 +38,14 @@ class Start:
       promises: What earlier steps did, by layer name.
       outputs: 'logits' or 'probabilities'.
       untreated: What earlier steps left alone.
+      reports: What earlier steps recorded, by step.
     """
 
     twin: tf_keras.Model
     promises: Mapping[str, Promise]
     outputs: str
     untreated: list[dict[str, str]]
+    reports: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,10 +55,11 @@ class Done:
     Attributes:
       twin: Without wrappers; for qat the twin that `names` and `keep` refer to.
       weights: To be saved; of `twin`, or of the quantized model.
-      promises: For every kernel that some step of the recipe treated.
+      promises: For every kernel that this step treated, or that it changed though an earlier one had; others stand.
       untreated: What this step left alone.
       validation: Loss and metric on the validation split.
       quantized: What `load` needs to rebuild the wrappers; None without qat.
+      report: What else is worth keeping, JSON-able.
     """
 
     twin: tf_keras.Model
@@ -64,6 +68,34 @@ class Done:
     untreated: list[Untreated]
     validation: dict[str, float]
     quantized: dict[str, Any] | None = None
+    report: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _factorise(start: Start, step: Step, options: CompressOptions, setting: Setting) -> Done:
+    ranks = lowrank.choose_ranks(start.twin, options.lowrank, _strength(step))
+    _something(ranks.chosen, step)
+    with setting.strategy.scope():
+        twin, first_of = lowrank.factorise(start.twin, ranks)
+    report = lowrank.report(start.twin, ranks, first_of)
+    for layer, each in report.items():
+        setting.trace.scalar(f"rank/{layer}", each["rank"])
+        setting.trace.text(
+            "lowrank",
+            f"`{layer}`: rank {each['rank']}, {each['weights_after']:,} weights for {each['weights_before']:,}",
+        )
+    validation = finetune(twin, setting)
+    return Done(
+        twin=twin,
+        weights=twin.get_weights(),
+        promises=[
+            kernel.promise(kernel.values, pruned=False, distinct=0, quantized=False)
+            for kernel in kernels(twin)
+            if kernel.name in {*first_of, *first_of.values()}
+        ],
+        untreated=ranks.chosen.untreated,
+        validation=validation,
+        report=report,
+    )
 
 
 def _prune(start: Start, step: Step, options: CompressOptions, setting: Setting) -> Done:
@@ -124,12 +156,16 @@ def _quantize(start: Start, step: Step, options: CompressOptions, setting: Setti
     annotated = quantization.choose_quantizable(start.twin, options.qat)
     if not any(kernel.name in annotated.names for kernel in kernels(start.twin)):
         raise _nothing(step, annotated.untreated)
+    # A kernel that only got another shape may be trained as it likes.
+    bound = {name: each for name, each in start.promises.items() if each.sparsity or each.distinct}
     keep = {
-        kernel.name: quantization.kept(kernel, pruned=promise.sparsity > 0, distinct=promise.distinct)
+        kernel.name: quantization.kept(
+            kernel, pruned=bound[kernel.name].sparsity > 0, distinct=bound[kernel.name].distinct
+        )
         for kernel in kernels(start.twin)
-        if (promise := start.promises.get(kernel.name)) is not None and kernel.name in annotated.names
+        if kernel.name in bound.keys() & set(annotated.names)
     }
-    frozen = sorted(set(start.promises) - set(annotated.names))
+    frozen = sorted(bound.keys() - set(annotated.names))
     with setting.strategy.scope():
         set_trainable(start.twin, frozen, False)
         model = quantization.quantize(start.twin, annotated.names, keep)
@@ -172,10 +208,28 @@ def _watch_kept(model: tf_keras.Model, keep: Mapping[str, Kept]) -> dict[str, di
 
 
 STEPS: dict[str, Callable[[Start, Step, CompressOptions, Setting], Done]] = {
+    "lowrank": _factorise,
     "prune": _prune,
     "cluster": _cluster,
     "qat": _quantize,
 }
+
+
+def all_promises(start: Start, done: Done) -> list[Promise]:
+    """What the file must show after this step: its own promises, and those of earlier steps that it left as they are."""
+    promises = {**start.promises, **{promise.layer: promise for promise in done.promises}}
+    return [promises[layer.name] for layer in done.twin.layers if layer.name in promises]
+
+
+def covering_factors(options: CompressOptions, reports: Mapping[str, Any]) -> CompressOptions:
+    """Excludes both parts of a layer that the user excluded and an earlier step factorised."""
+    parts = {name: each["factor"] for report in reports.values() for name, each in report.items() if "factor" in each}
+    changed = {}
+    for name in STEPS:
+        section = getattr(options, name)
+        more = [parts[layer] for layer in section.exclude if layer in parts]
+        changed[name] = section.model_copy(update={"exclude": [*section.exclude, *more]})
+    return options.model_copy(update=changed)
 
 
 def _strength(step: Step) -> float:
@@ -205,6 +259,12 @@ def set_trainable(twin: tf_keras.Model, names: Iterable[str], value: bool) -> No
 # --- before the run ----------------------------------------------------------------------------------------------
 
 
+def _foresee_lowrank(twin: tf_keras.Model, step: Step, options: CompressOptions) -> Foreseen:
+    """By shapes alone: which rank keeps the energy shows only once the model is trained."""
+    chosen = lowrank.choose_factorisable(twin, options.lowrank)
+    return chosen.untreated, bool(chosen.names)
+
+
 def _foresee_prune(twin: tf_keras.Model, step: Step, options: CompressOptions) -> Foreseen:
     chosen = pruning.choose_prunable(twin, options.prune, _strength(step))
     return chosen.untreated, bool(chosen.names)
@@ -221,6 +281,7 @@ def _foresee_quantize(twin: tf_keras.Model, step: Step, options: CompressOptions
 
 
 FORESEE: dict[str, Callable[[tf_keras.Model, Step, CompressOptions], Foreseen]] = {
+    "lowrank": _foresee_lowrank,
     "prune": _foresee_prune,
     "cluster": _foresee_cluster,
     "qat": _foresee_quantize,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 STEPS = {
+    "lowrank": "low-rank factorisation that keeps {} of the energy of each kernel",
     "prune": "magnitude pruning to a sparsity of {}",
     "cluster": "weight clustering, {} distinct weights a layer",
     "qat": "quantization-aware training",

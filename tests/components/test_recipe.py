@@ -10,7 +10,7 @@ from components.errors import ConfigError
 from components.options import CompressOptions
 from components.recipe import FORMATS, STRENGTHS, TRAINING_STEPS, parse_recipe
 
-STRENGTH = {"prune": 0.7, "cluster": 16}
+STRENGTH = {"lowrank": 0.9, "prune": 0.7, "cluster": 16}
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,7 @@ STRENGTH = {"prune": 0.7, "cluster": 16}
         ("qat+int8", "qat"),
         ("prune", "prune@0.7"),
         ("prune+float32", "prune@0.7"),
+        ("lowrank+prune+qat", "lowrank@0.9+prune@0.7+qat"),
         ("prune@0.85 + cluster + int8", "prune@0.85+cluster@16+int8"),
     ],
 )
@@ -34,6 +35,11 @@ def test_a_recipe_is_written_back_whole(text, whole):
         ("prune@0", "prune takes a sparsity above 0 and below 1, got 0; write for instance 'prune@0.8'."),
         ("cluster@2.5", "cluster takes a whole number from 2 to 256, got 2.5; write for instance 'cluster@16'."),
         ("cluster@many", "the strength after '@' must be a number, got 'many'; write 'cluster@16'."),
+        (
+            "lowrank@1",
+            "lowrank takes a share of the kernel's energy above 0 and below 1, got 1; write for instance 'lowrank@0.9'.",
+        ),
+        ("prune+lowrank", "'lowrank' cannot follow 'prune'; the order is"),
         ("qat@8", "qat takes no strength, got '@8'; write 'qat'."),
         ("cluster+prune", "'prune' cannot follow 'cluster'; the order is"),
         ("int8+qat", "'int8' says how the file is written, so nothing may follow it; got 'qat'."),
