@@ -189,9 +189,11 @@ class Promise:
       layer: Keras layer name.
       kind: 'conv2d', 'depthwise_conv2d', 'dense', ...
       shape: Kernel shape as TFLite lays it out (conv2d: out, h, w, in; depthwise: 1, h, w, channels; dense: out, in).
-      sparsity: Fraction of exact zeros in the kernel; 0 where not pruned.
+      sparsity: Fraction of exact zeros in the kernel, under a pattern of blocks of those in whole blocks; 0 where not pruned.
       distinct: Most distinct values that one output channel may hold; 0 where not clustered.
       quantized: True where quantization-aware training covered the layer: the file must hold int8.
+      pattern: Where the zeros lie along the last axis: 'm:n', m zeros at least in each n; '1x4' or '1x16', whole blocks; ''
+        anywhere.
     """
 
     layer: str
@@ -200,6 +202,7 @@ class Promise:
     sparsity: float = 0.0
     distinct: int = 0
     quantized: bool = False
+    pattern: str = ""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Promise:

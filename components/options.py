@@ -242,9 +242,16 @@ class PruneOptions(FineTune):
     begin: Fraction = Field(0.0, description="Fraction of the step's updates before pruning begins.")
     end: Annotated[float, Field(gt=0, le=1)] = Field(0.6, description="Fraction by which the target is reached.")
     frequency: Count = Field(20, description="Updates between two mask changes.")
-    spread: Literal["uniform", "erk"] = Field(
+    spread: Literal["uniform", "erk", "global"] = Field(
         "uniform",
-        description="uniform: each kernel to the target; erk: larger kernels further than small ones, the target overall.",
+        description="uniform: each kernel to the target; erk: larger kernels further than small ones, the target overall; "
+        "global: one magnitude for all kernels, found on the weights that the step starts from, the target overall.",
+    )
+    targets: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(
+        {}, description="Sparsity by layer name, in place of what the recipe and `spread` say."
+    )
+    magnitude: Literal["l1", "l2"] = Field(
+        "l1", description="Blocks only: a block counts by the sum of its magnitudes, or by their squares."
     )
     dense_share: Fraction = Field(
         0.01,
@@ -284,8 +291,8 @@ class CompressOptions(Options):
         ],
         min_length=1,
         description="Paths in the compression tree: steps joined by '+', strength after '@'. "
-        "Steps: lowrank[@energy], prune[@sparsity], cluster[@clusters], qat. Last, how it is written: "
-        "float32, float16, dynamic, int8.",
+        "Steps: lowrank[@energy], prune[@sparsity] (in patterns: @2:4, @0.9:1x4, @0.9:1x16), cluster[@clusters], qat. Last, how it is written: "
+        "float32, float16, dynamic, int8; behind that perhaps sparse, which leaves zeros out.",
     )
     batch_size: Count | None = Field(None, description="null: as in train.")
     lowrank: LowRankOptions = LowRankOptions()

@@ -1,7 +1,9 @@
 """The recipe grammar: `prune@0.8+cluster@16+qat` is a path in the compression tree.
 
     recipe = step ("+" step)*        training steps first, at most one way of writing last
-    step   = name ["@" strength]
+    step   = name ["@" strength]     for prune also a pattern: prune@2:4, prune@0.9:1x16
+
+After the way of writing may stand 'sparse': zeros are not stored (`prune@0.9:1x16+int8+sparse`).
 
 Training steps come in the order of STRENGTHS, each at most once: a later step keeps what an earlier one did, and the
 reverse is not possible (pruning after clustering would move centroids, training after QAT would lose its ranges).
@@ -23,18 +25,57 @@ class Strength:
       fits: Whether a number is in range.
       rule: The range in words.
       example: A step well written.
+      read: Text after '@' -> (number, pattern or None); raises ValueError where it is not of this form.
+      form: The form in words.
     """
 
     fits: Callable[[float], bool]
     rule: str
     example: str
+    read: Callable[[str], tuple[float, str | None]] = lambda text: (float(text), None)
+    form: str = "a number"
+
+
+BLOCKS = ("1x4", "1x16")
+"""Blocks along the input axis of a dense kernel for which TFLite has sparse kernels: 1x4 in float32, 1x16 in int8."""
+MOST = 16  # weights in one group of m:n
+
+
+def block_side(pattern: str) -> int:
+    """Inputs in one block: '1x16' -> 16."""
+    return int(pattern.partition("x")[2])
+
+
+def zeros_of(pattern: str) -> tuple[int, int]:
+    """'2:4' -> (2, 4): 2 zeros in each 4."""
+    zeros, _, group = pattern.partition(":")
+    return int(zeros), int(group)
+
+
+def _sparsity(text: str) -> tuple[float, str | None]:
+    """'0.8' -> (0.8, None); '2:4' -> (0.5, '2:4'), 2 zeros in each 4; '0.9:1x16' -> (0.9, '1x16')."""
+    first, colon, last = text.partition(":")
+    if not colon:
+        return float(first), None
+    if last in BLOCKS:
+        return float(first), last
+    zeros, group = int(first), int(last)
+    if not 1 <= zeros < group <= MOST:
+        raise ValueError(text)
+    return zeros / group, f"{zeros}:{group}"
 
 
 STRENGTHS: dict[str, Strength | None] = {
     "lowrank": Strength(
         lambda value: 0 < value < 1, "a share of the kernel's energy above 0 and below 1", "lowrank@0.9"
     ),
-    "prune": Strength(lambda value: 0 < value < 1, "a sparsity above 0 and below 1", "prune@0.8"),
+    "prune": Strength(
+        lambda value: 0 < value < 1,
+        "a sparsity above 0 and below 1",
+        "prune@0.8",
+        _sparsity,
+        f"a number, a number and blocks ({', '.join(f'0.9:{each}' for each in BLOCKS)}), or zeros:group up to {MOST} (2:4)",
+    ),
     "cluster": Strength(
         lambda value: value.is_integer() and 2 <= value <= 256, "a whole number from 2 to 256", "cluster@16"
     ),
@@ -44,30 +85,49 @@ STRENGTHS: dict[str, Strength | None] = {
 
 TRAINING_STEPS = tuple(STRENGTHS)
 FORMATS = ("float32", "float16", "dynamic", "int8")
+SPARSE = "sparse"
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One training step; `strength` as STRENGTHS says, None for a step that takes none."""
+    """One training step.
+
+    Attributes:
+      name: As in STRENGTHS.
+      strength: As STRENGTHS says; None for a step that takes none.
+      pattern: Where the zeros lie, prune only: 'm:n' (m zeros in each n, so the strength is m / n) or one of BLOCKS; None
+        for anywhere.
+    """
 
     name: str
     strength: float | None = None
+    pattern: str | None = None
 
     def __str__(self) -> str:
-        return self.name if self.strength is None else f"{self.name}@{self.strength:g}"
+        number = "" if self.strength is None else f"{self.strength:g}"
+        if self.pattern is None:
+            return f"{self.name}@{number}" if number else self.name
+        return f"{self.name}@{self.pattern}" if ":" in self.pattern else f"{self.name}@{number}:{self.pattern}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Training steps, then the format of the file."""
+    """Training steps, then the format of the file, and whether it stores the nonzero weights only."""
 
     steps: tuple[Step, ...]
     format: str
+    sparse: bool = False
 
     def __str__(self) -> str:
         quantized = self.steps and self.steps[-1].name == "qat"
-        written = [] if quantized or (self.steps and self.format == "float32") else [self.format]
-        return "+".join([str(step) for step in self.steps] + written)
+        plain = self.steps and self.format == "float32" and not self.sparse
+        written = [] if quantized or plain else [self.format]
+        return "+".join([str(step) for step in self.steps] + written + [SPARSE] * self.sparse)
+
+    @property
+    def dense(self) -> Recipe:
+        """The same with zeros stored."""
+        return dataclasses.replace(self, sparse=False)
 
     def prefixes(self) -> list[tuple[Step, ...]]:
         """Every training prefix, shortest first: what must be trained, and can be shared, before the export."""
@@ -89,7 +149,9 @@ def parse_recipe(text: str, strengths: Mapping[str, float]) -> Recipe:
     """
     steps: list[Step] = []
     written: str | None = None
-    for part in text.split("+"):
+    parts = text.split("+")
+    sparse = len(parts) > 1 and parts[-1].strip() == SPARSE
+    for part in parts[:-1] if sparse else parts:
         name, _, strength = part.strip().partition("@")
         if written is not None:
             raise ConfigError(
@@ -114,7 +176,31 @@ def parse_recipe(text: str, strengths: Mapping[str, float]) -> Recipe:
         raise ConfigError(
             f"compress.recipes '{text}': a qat model is written as int8, got '{written}'; drop '+{written}' or 'qat'."
         )
-    return Recipe(tuple(steps), "int8" if quantized else written or "float32")
+    recipe = Recipe(tuple(steps), "int8" if quantized else written or "float32", sparse)
+    if sparse:
+        _check_sparse(text, recipe)
+    return recipe
+
+
+def _check_sparse(text: str, recipe: Recipe) -> None:
+    """Refuses sparse storage where there are no zeros, and where the runtime refuses the file or computes nonsense.
+
+    Each was tried with TF 2.21 and ai-edge-litert 2.3 on dense layers: tests/components/delivery/test_export.py.
+    """
+    pruned = next((step for step in recipe.steps if step.name == "prune"), None)
+    if pruned is None:
+        raise ConfigError(
+            f"compress.recipes '{text}': sparse storage leaves zeros out, so prune must come before it, got none; write for instance 'prune@0.9:1x16+int8+sparse'."
+        )
+    wrong = {
+        "float16": pruned.pattern in BLOCKS and "TFLite makes NaN of float16 blocks",
+        "dynamic": "XNNPACK takes the stored weights for the whole kernel",
+        "int8": pruned.pattern != "1x16" and "XNNPACK loads sparse int8 kernels of dense layers in blocks of 1x16 only",
+    }.get(recipe.format)
+    if wrong:
+        raise ConfigError(
+            f"compress.recipes '{text}': sparse storage of {recipe.format} does not work after '{pruned}': {wrong}; drop '+{SPARSE}', or write 'prune@0.9:1x16+int8+sparse' or 'prune@0.9:1x4+float32+sparse'."
+        )
 
 
 def _step(text: str, name: str, strength: str, strengths: Mapping[str, float]) -> Step:
@@ -126,13 +212,13 @@ def _step(text: str, name: str, strength: str, strengths: Mapping[str, float]) -
             )
         return Step(name)
     try:
-        value = float(strength or strengths[name])
+        value, pattern = takes.read(strength) if strength else (float(strengths[name]), None)
     except ValueError:
         raise ConfigError(
-            f"compress.recipes '{text}': the strength after '@' must be a number, got '{strength}'; write '{name}@{strengths[name]:g}'."
+            f"compress.recipes '{text}': the strength after '@' must be {takes.form}, got '{strength}'; write '{name}@{strengths[name]:g}'."
         ) from None
     if not takes.fits(value):
         raise ConfigError(
             f"compress.recipes '{text}': {name} takes {takes.rule}, got {value:g}; write for instance '{takes.example}'."
         )
-    return Step(name, value)
+    return Step(name, value, pattern)

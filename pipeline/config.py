@@ -407,6 +407,11 @@ def _compression_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]
             ("compress", "prune", "begin"),
             f"compress.prune.begin must be below compress.prune.end={prune.end:g}, got {prune.begin:g}; lower it.",
         )
+    for name in sorted(set(prune.targets).intersection(prune.exclude)):
+        yield (
+            ("compress", "prune", "targets"),
+            f"compress.prune.targets must not name what compress.prune.exclude leaves alone, got '{name}' in both; drop one.",
+        )
     for index, text in enumerate(config.compress.recipes):
         path = ("compress", "recipes", index)
         try:
@@ -422,7 +427,14 @@ def _impossible(recipe: Recipe, config: Config) -> Iterator[str]:
     prune = config.compress.prune
     for step in recipe.steps:
         starts = prune.initial_sparsity
-        if step.name == "prune" and prune.schedule == "polynomial" and step.strength and starts >= step.strength:
+        fixed = step.pattern is not None and ":" in step.pattern
+        if fixed and prune.targets:
+            yield (
+                f"{step.pattern} fixes the sparsity of every kernel, got compress.prune.targets for "
+                f"'{next(iter(prune.targets))}'; drop the targets, or write a sparsity."
+            )
+        polynomial = step.name == "prune" and prune.schedule == "polynomial" and not fixed
+        if polynomial and step.strength and starts >= step.strength:
             yield (
                 f"the sparsity must be above compress.prune.initial_sparsity={starts:g}, got {step.strength:g}; "
                 "lower initial_sparsity."

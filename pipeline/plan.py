@@ -106,9 +106,13 @@ def check_stages(names: Iterable[str], option: str) -> None:
 
 
 def recipes(config: Config) -> list[Recipe]:
-    """The recipes in the user's order, each once, with float32 first: every drop is measured against it."""
+    """The recipes in the user's order, each once, with float32 first: every drop is measured against it.
+
+    Before one with sparse storage stands the same without, which tells whether that pays.
+    """
     parsed = [parse_step(config, text) for text in ["float32", *config.compress.recipes]]
-    return list({str(recipe): recipe for recipe in parsed}.values())
+    both = [each for recipe in parsed for each in ([recipe.dense, recipe] if recipe.sparse else [recipe])]
+    return list({str(recipe): recipe for recipe in both}.values())
 
 
 def _layout(config: Config) -> Iterator[tuple[str, Stage, Recipe | None, tuple[str, ...]]]:

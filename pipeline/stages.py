@@ -170,6 +170,7 @@ def _export(call: Call) -> None:
         call.folder,
         promises=promises,
         untreated=facts.get("untreated", []),
+        sparse=recipe.sparse,
         seed=call.config.seed,
         trace=call.trace,
     )

@@ -113,7 +113,7 @@ def show_proof(proof: Any, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts, indent=1))
         return
-    columns = ("weights", "used by", "shape", "dtype", "sparsity", "distinct", "distinct/channel")
+    columns = ("weights", "used by", "shape", "dtype", "stored", "sparsity", "zeros", "distinct", "distinct/channel")
     console, table = _console(), _table(None, *columns)
     for kernel in facts.pop("weights"):
         table.add_row(
@@ -121,7 +121,9 @@ def show_proof(proof: Any, *, as_json: bool) -> None:
             kernel["operator"],
             "x".join(map(str, kernel["shape"])),
             kernel["dtype"],
+            kernel["storage"],
             f"{kernel['sparsity']:.3f}",
+            kernel["zeros"]["pattern"] or "none",
             str(kernel["distinct"]),
             str(kernel["distinct_per_channel"]),
         )

@@ -194,14 +194,14 @@ def unsupported(model: keras.Model, recipes: Iterable[Recipe], options: Compress
       ModelError: The model has no twin at all.
       ConfigError: An option excludes an unknown layer.
     """
-    steps = {step.name: step for recipe in recipes for step in recipe.steps}
+    steps = {step.name if step.pattern is None else str(step): step for recipe in recipes for step in recipe.steps}
     if not steps:
         return []
     twin = to_twin(model)
     options = options or CompressOptions()
     lines = []
     for name, step in steps.items():
-        untreated, works = FORESEE[name](twin, step, options)
+        untreated, works = FORESEE[step.name](twin, step, options)
         lines += [f"{name} leaves layer '{each.layer}' ({each.kind}) alone: {each.reason}" for each in untreated]
         if not works:
             lines.append(f"{name} finds nothing to work on in model '{model.name}': its recipes will fail; drop them.")

@@ -12,6 +12,7 @@ import tf_keras
 
 from components.artifacts import Promise
 from components.errors import ConfigError
+from components.recipe import BLOCKS, block_side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +71,23 @@ class Kernel:
         """Number of weights."""
         return int(np.prod(self.variable.shape))
 
-    def promise(self, values: np.ndarray, *, pruned: bool, distinct: int, quantized: bool) -> Promise:
+    @property
+    def inputs(self) -> int:
+        """Length of the axis that an output sums over, a convolution's places aside: TFLite's last axis."""
+        return int(self.variable.shape[-2])
+
+    def promise(
+        self, values: np.ndarray, *, pruned: bool, distinct: int, quantized: bool, pattern: str = ""
+    ) -> Promise:
         """What the file must show of this kernel once it holds `values` (in the layout of Keras)."""
         return Promise(
             layer=self.name,
             kind=self.kind,
             shape=tuple(map(int, _KINDS[type(self.layer)].lay_out(values).shape)),
-            sparsity=sparsity(values) if pruned else 0.0,
+            sparsity=sparsity(in_blocks(values, pattern) if pattern in BLOCKS else values) if pruned else 0.0,
             distinct=distinct,
             quantized=quantized,
+            pattern=pattern if pruned else "",
         )
 
 
@@ -90,6 +99,20 @@ def kernels(twin: tf_keras.Model) -> list[Kernel]:
 def sparsity(values: np.ndarray) -> float:
     """Fraction of exact zeros, in [0, 1]."""
     return 1 - int(np.count_nonzero(values)) / values.size
+
+
+def in_blocks(values: np.ndarray, pattern: str) -> np.ndarray:
+    """Sum of magnitudes of each block of a dense kernel.
+
+    Args:
+      values: (inputs, units), as Keras lays it out; inputs divide by the block's side.
+      pattern: One of BLOCKS, as TFLite lays the kernel out: '1x4' is 4 inputs of one unit.
+
+    Returns:
+      (inputs / side, units).
+    """
+    side = block_side(pattern)
+    return np.abs(values).reshape(-1, side, values.shape[-1]).sum(axis=1)
 
 
 def distinct_per_channel(values: np.ndarray) -> int:
@@ -139,13 +162,13 @@ def choose(twin: tf_keras.Model, refuse: Callable[[Kernel], str | None]) -> Chos
     return Chosen(frozenset(names), untreated)
 
 
-def check_excluded(step: str, exclude: Iterable[str], twin: tf_keras.Model) -> None:
-    """Raises ConfigError where `exclude` names a layer that the model does not have."""
+def check_excluded(step: str, exclude: Iterable[str], twin: tf_keras.Model, key: str = "exclude") -> None:
+    """Raises ConfigError where `exclude`, the option `key`, names a layer that the model does not have."""
     names = [layer.name for layer in twin.layers]
     for name in exclude:
         if name not in names:
             near = difflib.get_close_matches(name, names, 1, 0.0)
-            raise ConfigError(f"compress.{step}.exclude: the model has no layer '{name}'; did you mean '{near[0]}'?")
+            raise ConfigError(f"compress.{step}.{key}: the model has no layer '{name}'; did you mean '{near[0]}'?")
 
 
 def wrap(twin: tf_keras.Model, names: Iterable[str], wrapper: Callable[[Any], Any]) -> tf_keras.Model:

@@ -99,9 +99,16 @@ def _factorise(start: Start, step: Step, options: CompressOptions, setting: Sett
 
 
 def _prune(start: Start, step: Step, options: CompressOptions, setting: Setting) -> Done:
-    chosen = _something(pruning.choose_prunable(start.twin, options.prune, _strength(step)), step)
+    chosen = _something(pruning.choose_prunable(start.twin, options.prune, _strength(step), step.pattern), step)
     with setting.strategy.scope():
-        model = pruning.prune(start.twin, chosen, options.prune, sparsity=_strength(step), updates=setting.updates)
+        model = pruning.prune(
+            start.twin,
+            chosen,
+            options.prune,
+            sparsity=_strength(step),
+            pattern=step.pattern,
+            updates=setting.updates,
+        )
     validation = finetune(
         model,
         setting,
@@ -114,7 +121,7 @@ def _prune(start: Start, step: Step, options: CompressOptions, setting: Setting)
         twin=twin,
         weights=twin.get_weights(),
         promises=[
-            kernel.promise(kernel.values, pruned=True, distinct=0, quantized=False)
+            kernel.promise(kernel.values, pruned=True, distinct=0, quantized=False, pattern=step.pattern or "")
             for kernel in kernels(twin)
             if kernel.name in chosen.names
         ],
@@ -143,6 +150,7 @@ def _cluster(start: Start, step: Step, options: CompressOptions, setting: Settin
                 pruned=kernel.name in pruned,
                 distinct=clusters if kernel.name in chosen.names else 0,
                 quantized=False,
+                pattern=start.promises[kernel.name].pattern if kernel.name in pruned else "",
             )
             for kernel in kernels(twin)
             if kernel.name in chosen.names | pruned
@@ -197,6 +205,7 @@ def _quantized_promises(start: Start, model: tf_keras.Model, names: set[str]) ->
                     pruned=before is not None and before.sparsity > 0,
                     distinct=before.distinct if before is not None else 0,
                     quantized=kernel.name in names,
+                    pattern=before.pattern if before is not None else "",
                 )
             )
     return made
@@ -266,7 +275,7 @@ def _foresee_lowrank(twin: tf_keras.Model, step: Step, options: CompressOptions)
 
 
 def _foresee_prune(twin: tf_keras.Model, step: Step, options: CompressOptions) -> Foreseen:
-    chosen = pruning.choose_prunable(twin, options.prune, _strength(step))
+    chosen = pruning.choose_prunable(twin, options.prune, _strength(step), step.pattern)
     return chosen.untreated, bool(chosen.names)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 STEPS = {
     "lowrank": "low-rank factorisation that keeps {} of the energy of each kernel",
-    "prune": "magnitude pruning to a sparsity of {}",
+    "prune": "magnitude pruning to {}",
     "cluster": "weight clustering, {} distinct weights a layer",
     "qat": "quantization-aware training",
 }
@@ -39,8 +39,21 @@ def in_words(recipe: str, format: str) -> str:
     'magnitude pruning to a sparsity of 0.8, then quantization-aware training, then written as int8 kernels and activations'
     """
     names = [part.partition("@") for part in recipe.split("+")]
-    steps = [STEPS[name].format(strength) for name, _, strength in names if name in STEPS]
-    return ", then ".join([*steps, f"written as {FORMATS[format]}"])
+    steps = [
+        STEPS[name].format(_zeros(strength) if name == "prune" else strength)
+        for name, _, strength in names
+        if name in STEPS
+    ]
+    sparse = " without the zeros" if recipe.endswith("+sparse") else ""
+    return ", then ".join([*steps, f"written as {FORMATS[format]}{sparse}"])
+
+
+def _zeros(strength: str) -> str:
+    """'0.8', '0.9:1x16' or '2:4' in words."""
+    first, _, last = strength.partition(":")
+    if not last:
+        return f"a sparsity of {first}"
+    return f"a sparsity of {first} in blocks of {last}" if "x" in last else f"{first} zeros in each {last} inputs"
 
 
 def _table(header: tuple[str, ...], rows: Iterator[tuple[Any, ...]] | list[tuple[Any, ...]]) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 import tensorflow as tf
 
 from components.artifacts import DataSpec, Promise, TFLiteFile, sha256, write_json
-from components.delivery.proof import read_proof
+from components.delivery.proof import Proof, read_proof
 from components.errors import ConfigError, ContractError, ModelError
 from components.options import ExportOptions
 from components.recipe import FORMATS
@@ -44,6 +44,7 @@ def export(
     *,
     promises: Sequence[Promise] = (),
     untreated: Sequence[dict[str, Any]] = (),
+    sparse: bool = False,
     seed: int,
     trace: Trace,
 ) -> TFLiteFile:
@@ -61,6 +62,8 @@ def export(
       folder: Exists; an earlier attempt is overwritten.
       promises: What the compression steps did; carried along for `measure` to check.
       untreated: Layers that a compression step left alone, with reasons; carried along.
+      sparse: Zeros are not stored (`components.recipe` says where that works). Left to the converter: it does so for every
+        kernel with enough of them.
       seed: Draws the calibration examples where there are more than the budget.
       trace: Hears progress, warnings, sizes.
 
@@ -87,6 +90,8 @@ def export(
     elif format != "float32":
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
         converter.target_spec.supported_types = [tf.float16] if format == "float16" else []
+    if sparse:
+        converter.optimizations = [*converter.optimizations, tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
     file = TFLiteFile(folder)
     file.file.write_bytes(_convert(converter, recipe, model))
     _write_face(file, recipe, format, output_name, promises, untreated, trace)
@@ -207,6 +212,7 @@ def _write_face(
     trace: Trace,
 ) -> None:
     proof = read_proof(file.file)
+    _check_storage(proof, recipe)
     if format == "int8" and proof.float_operators:
         names = ", ".join(proof.float_operators)
         trace.warn(
@@ -228,6 +234,21 @@ def _write_face(
             "untreated": list(untreated),
         },
     )
+
+
+def _check_storage(proof: Proof, recipe: str) -> None:
+    """Refuses a file that XNNPACK does not load: a dense layer with an int8 kernel stored sparse in other blocks than 1x16.
+
+    A recipe with sparse storage prunes in such blocks; but the converter looks at each kernel, and one that was left alone
+    may hold enough zeros by chance.
+    """
+    for kernel in proof.weights:
+        loads = kernel.dtype != "int8" or kernel.storage in ("dense", "sparse 1x16")
+        if kernel.operator == "FULLY_CONNECTED" and not loads:
+            raise ModelError(
+                f"export '{recipe}': the converter stored tensor '{kernel.name.partition(';')[0]}' {kernel.storage}, since {kernel.sparsity:.2f} of it are zero, "
+                "and XNNPACK loads sparse int8 kernels of dense layers in blocks of 1x16 only; drop '+sparse', or have prune treat that layer (compress.prune.dense_share, exclude)."
+            )
 
 
 def _table(operators: dict[str, int]) -> str:

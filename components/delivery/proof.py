@@ -21,6 +21,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from components.artifacts import Promise
+from components.delivery.zeros import Zeros, densify, find_zeros, storage
 from components.errors import ContractError
 
 OPERATOR_NAMES = {code: name for name, code in vars(schema.BuiltinOperator).items() if isinstance(code, int)}
@@ -70,6 +71,8 @@ class Kernel:
       distinct: Different values in the whole tensor.
       distinct_per_channel: Most different values in one output channel.
       scales: Quantization scales: 0 float, 1 one for the tensor, more: one per channel.
+      zeros: Where the zeros lie.
+      storage: 'dense', or 'sparse' with the blocks that are stored, as 'sparse 1x16'.
     """
 
     name: str
@@ -81,6 +84,8 @@ class Kernel:
     distinct: int
     distinct_per_channel: int
     scales: int
+    zeros: Zeros = Zeros()
+    storage: str = "dense"
 
     @property
     def size(self) -> int:
@@ -256,9 +261,9 @@ class _Graph:
         quantization = stored.quantization
         scales = 0 if quantization is None or quantization.scale is None else len(quantization.scale)
         values = _values(self.data(tensor), self.dtype(tensor))
-        facts = _sparse_facts(values, shape) if stored.sparsity is not None else None
-        if facts is None:
-            facts = _dense_facts(_centred(values.reshape(shape), quantization, scales), axis % len(shape))
+        if stored.sparsity is not None:
+            values = densify(values, stored.sparsity, shape)
+        values = _centred(values.reshape(shape), quantization, scales)
         return Kernel(
             name=stored.name.decode(),
             operator=operator,
@@ -266,7 +271,9 @@ class _Graph:
             shape=shape,
             dtype=self.dtype(tensor),
             scales=scales,
-            **facts,
+            zeros=find_zeros(values == 0, operator),
+            storage=storage(stored.sparsity),
+            **_dense_facts(values, axis % len(shape)),
         )
 
     def parameters(self) -> int:
@@ -324,17 +331,6 @@ def _dense_facts(values: np.ndarray, axis: int) -> dict[str, Any]:
     }
 
 
-def _sparse_facts(stored: np.ndarray, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Facts of a kernel stored sparse: what is not stored is zero. Channels are not told apart there."""
-    size = int(np.prod(shape, dtype=np.int64))
-    distinct = len(np.union1d(stored, np.zeros(1, stored.dtype)))
-    return {
-        "sparsity": 1 - int(np.count_nonzero(stored)) / size,
-        "distinct": distinct,
-        "distinct_per_channel": distinct,
-    }
-
-
 def check(proof: Proof, promises: Sequence[Promise], format: str) -> list[str]:
     """Compares the file with what its recipe promised.
 
@@ -378,6 +374,9 @@ def _check_kernel(promise: Promise, kernel: Kernel) -> list[str]:
     # Half a weight: sparsities are fractions of the same whole number, written and read as decimals.
     if kernel.sparsity < promise.sparsity - 0.5 / kernel.size:
         broken.append(f"{where}: sparsity {promise.sparsity:.4f} was promised, the file holds {kernel.sparsity:.4f}")
+    lack = kernel.zeros.lack(promise.pattern, promise.sparsity, 0.5 / kernel.size) if promise.pattern else None
+    if lack is not None:
+        broken.append(f"{where}: {lack}")
     if promise.distinct and kernel.distinct_per_channel > promise.distinct:
         broken.append(
             f"{where}: at most {promise.distinct} distinct weights in an output channel were promised, the file holds {kernel.distinct_per_channel}"

@@ -91,19 +91,42 @@ def _drop(reference: Mapping[str, Any] | None, variant: Mapping[str, Any], key: 
 
 
 def remarks(variants: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the user should know before trusting a figure: integer files that are slower than float32 here."""
-    reference = next((v for v in variants if v["recipe"] == REFERENCE and v["status"] == "ok"), None)
-    if reference is None:
+    """What the user should know before trusting a figure.
+
+    Integer files that are slower than float32 here, and sparse storage that does not pay.
+    """
+    working = {variant["recipe"]: variant for variant in variants if variant["status"] == "ok"}
+    return [*_slower_integers(working), *_useless_storage(working)]
+
+
+def _slower_integers(working: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    if REFERENCE not in working:
         return []
-    base = reference["latency_ms"]["p50"]
+    base = working[REFERENCE]["latency_ms"]["p50"]
     return [
         f"{variant['recipe']} takes {variant['latency_ms']['p50']:.3g} ms, float32 {base:.3g} ms on {variant['latency_ms']['cpu']}: "
         "integer kernels are not faster on every CPU, so measure on the target before choosing it for speed."
-        for variant in variants
-        if variant["status"] == "ok"
-        and "int8" in variant["proof"]["weight_dtypes"]
-        and variant["latency_ms"]["p50"] > SLOWER * base
+        for variant in working.values()
+        if "int8" in variant["proof"]["weight_dtypes"] and variant["latency_ms"]["p50"] > SLOWER * base
     ]
+
+
+def _useless_storage(working: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Files that leave zeros out and are neither smaller in flash nor faster than the same file with them."""
+    told = []
+    for recipe, sparse in working.items():
+        # Alone, 'float32' is not written behind training steps: see `Recipe`.
+        dense = working.get(recipe.removesuffix("+sparse").removesuffix("+float32"))
+        if not recipe.endswith("+sparse") or dense is None:
+            continue
+        smaller = sparse["bytes"] < dense["bytes"]
+        took, takes = (variant["latency_ms"]["p50"] for variant in (dense, sparse))
+        if not smaller and takes * SLOWER > took:
+            told.append(
+                f"{recipe} has {sparse['bytes']:,} raw bytes and takes {takes:.3g} ms, with zeros stored {dense['bytes']:,} bytes and {took:.3g} ms "
+                f"on {sparse['latency_ms']['cpu']}: sparse storage is neither smaller nor faster here, so drop '+sparse'."
+            )
+    return told
 
 
 def select(variants: Sequence[Mapping[str, Any]], options: SelectOptions) -> Selection:

@@ -203,6 +203,13 @@ REFUSED = {
     "0.5; lower it.",
     "compress: {prune: {initial_sparsity: 0.5}, recipes: [prune@0.4]}": "my.yaml:4: compress.recipes 'prune@0.4': the "
     "sparsity must be above compress.prune.initial_sparsity=0.5, got 0.4; lower initial_sparsity.",
+    "compress: {prune: {exclude: [a, b], targets: {b: 0.5}}}": "my.yaml:4: compress.prune.targets must not name what "
+    "compress.prune.exclude leaves alone, got 'b' in both; drop one.",
+    "compress: {prune: {targets: {a: 0.5}}, recipes: ['prune@2:4']}": "my.yaml:4: compress.recipes 'prune@2:4': 2:4 fixes the "
+    "sparsity of every kernel, got compress.prune.targets for 'a'; drop the targets, or write a sparsity.",
+    "compress: {recipes: ['prune@0.9:1x4+int8+sparse']}": "my.yaml:4: compress.recipes 'prune@0.9:1x4+int8+sparse': sparse "
+    "storage of int8 does not work after 'prune@0.9:1x4': XNNPACK loads sparse int8 kernels of dense layers in blocks of 1x16 "
+    "only; drop '+sparse', or write 'prune@0.9:1x16+int8+sparse' or 'prune@0.9:1x4+float32+sparse'.",
     "compress: {recipes: [prune@0.5+cluster@2]}": "my.yaml:4: compress.recipes 'prune@0.5+cluster@2': clusters must be at "
     "least 3 after prune, since zero is one of them, got 2; write cluster@3 or more.",
     "workspace: ''": "my.yaml:4: workspace must name a file or folder, got ''; write its path.",

@@ -54,6 +54,20 @@ def test_float32_is_always_there_and_no_recipe_twice(tmp_path):
     assert [str(recipe) for recipe in recipes(asked)] == ["float32", "prune@0.7+qat", "int8"]
 
 
+def test_sparse_storage_is_measured_beside_the_same_recipe_without_it(tmp_path):
+    asked = config(tmp_path, compress__recipes=["prune@0.9:1x16+qat+sparse", "prune@2:4+sparse", "prune@0.9:1x16+qat"])
+    assert [str(recipe) for recipe in recipes(asked)] == [
+        "float32",
+        "prune@0.9:1x16+qat",
+        "prune@0.9:1x16+qat+sparse",
+        "prune@2:4",
+        "prune@2:4+float32+sparse",
+    ]
+    names = [step.name for step in make_plan(asked).steps]
+    assert names.count("compress prune@0.9:1x16+qat") == 1
+    assert "export prune@2:4+float32+sparse" in names
+
+
 @pytest.mark.parametrize(
     ("change", "untouched", "touched"),
     [

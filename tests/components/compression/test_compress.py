@@ -27,7 +27,7 @@ def step_of(recipe: str):
     return parse_recipe(recipe, OPTIONS.strengths).steps
 
 
-def file_of(made: CompressedModel, folder: pathlib.Path, format: str, calibration: np.ndarray):
+def file_of(made: CompressedModel, folder: pathlib.Path, format: str, calibration: np.ndarray, *, sparse: bool = False):
     return export(
         made.facts["recipe"],
         format,
@@ -37,6 +37,7 @@ def file_of(made: CompressedModel, folder: pathlib.Path, format: str, calibratio
         ExportOptions(),
         calibration,
         folder,
+        sparse=sparse,
         seed=0,
         trace=Trace(),
     )
@@ -58,6 +59,32 @@ def test_a_whole_clustered_kernel_comes_down_to_few_codes_in_the_int8_file(recip
     proof = read_proof(file_of(made, tmp_path, "int8", calibration).file)
     for promise, kernel in match(proof.weights, made.promises):
         assert kernel.distinct <= 6 or not promise.distinct, promise.layer
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layers", "name"),
+    [
+        ("prune@2:4+qat", {"inner", "hidden", "point"}, "2:4"),
+        ("prune@0.7:1x16+cluster+qat", {"hidden"}, "1x16"),
+    ],
+)
+def test_a_pattern_is_kept_by_every_later_step_and_found_in_the_file(
+    recipe, layers, name, base, batches, calibration, tmp_path
+):
+    short = {name: getattr(OPTIONS, name).model_copy(update={"epochs": 1}) for name in ("prune", "cluster", "qat")}
+    short["prune"] = short["prune"].model_copy(update={"dense_share": 0.02})
+    options, done = OPTIONS.model_copy(update=short), {}
+    made = carry_out(recipe, tmp_path, base, batches, done, options=options)
+    for step in done.values():
+        patterns = {promise.layer: promise.pattern for promise in step.promises if promise.pattern}
+        assert patterns == dict.fromkeys(layers, name), step.facts["recipe"]
+    proof = read_proof(file_of(made, tmp_path, "int8", calibration).file)
+    assert check(proof, made.promises, "int8") == []
+    assert {promise.layer for promise, kernel in match(proof.weights, made.promises) if kernel.zeros.pattern} >= layers
+    if name == "1x16":
+        sparse = read_proof(file_of(made, tmp_path, "int8", calibration, sparse=True).file)
+        assert check(sparse, made.promises, "int8") == []
+        assert [kernel.storage for kernel in sparse.weights if kernel.shape == (16, 576)] == ["sparse 1x16"]
 
 
 @pytest.mark.parametrize("recipe", ["prune", "cluster", "prune+cluster"])
@@ -188,6 +215,15 @@ def test_before_a_run_untreated_layers_and_impossible_steps_are_told():
     lines = unsupported(bare, recipes[1:2], options)
     assert "prune finds nothing to work on in model 'bare': its recipes will fail; drop them." in lines
     assert any("LSTM" in line and line.startswith("qat leaves") for line in lines)
+
+
+def test_before_a_run_each_pattern_is_told_apart():
+    recipes = [parse_recipe(text, {}) for text in ("prune@2:4+int8", "prune@0.9:1x16+qat", "prune@0.5:1x4")]
+    lines = unsupported(small_model(), recipes)
+    said = "leaves layer 'inner' (Conv2D) alone: 1x16 is a pattern for kernels of dense layers"
+    assert f"prune@0.9:1x16 {said}" in lines
+    assert f"prune@0.5:1x4 {said.replace('1x16', '1x4')}" in lines
+    assert not any(line.startswith("prune@2:4") and "'inner'" in line for line in lines)
 
 
 def test_the_face_is_json_and_written_last(compressed):

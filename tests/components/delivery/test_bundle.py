@@ -141,6 +141,10 @@ def test_a_recipe_is_said_in_words():
         "magnitude pruning to a sparsity of 0.8, then weight clustering, 16 distinct weights a layer, "
         "then quantization-aware training, then written as int8 kernels and activations"
     )
+    assert in_words("prune@0.9:1x16+int8+sparse", "int8") == (
+        "magnitude pruning to a sparsity of 0.9 in blocks of 1x16, then written as int8 kernels and activations without the zeros"
+    )
+    assert in_words("prune@2:4", "float32") == "magnitude pruning to 2 zeros in each 4 inputs, then written as float32"
 
 
 def test_a_file_other_than_the_measured_one_does_not_ship(made, tmp_path):

@@ -97,7 +97,15 @@ def test_the_face_says_what_was_written(model, pictures, tmp_path):
         "sha256": hashlib.sha256(content).hexdigest(),
         "bytes": len(content),
         "promises": [
-            {"layer": "head", "kind": "dense", "shape": [3, 16], "sparsity": 0.0, "distinct": 0, "quantized": False}
+            {
+                "layer": "head",
+                "kind": "dense",
+                "shape": [3, 16],
+                "sparsity": 0.0,
+                "distinct": 0,
+                "quantized": False,
+                "pattern": "",
+            }
         ],
         "untreated": untreated,
     }
@@ -143,6 +151,85 @@ def test_zeros_and_clusters_reach_every_format(pictures, tmp_path):
         assert check(proof, [promise], format) == []
         hidden = next(weights for weights in proof.weights if weights.shape == (16, 144))
         assert (hidden.sparsity, hidden.distinct_per_channel) == (pytest.approx(held, abs=1e-12), 3)
+
+
+def sparse_network(pattern):
+    """Two dense layers of 64 inputs, pruned to four fifths (2:4: one half) along the inputs, and a head left alone."""
+    keras.utils.set_random_seed(4)
+    layers = [keras.layers.Dense(64, activation="relu", name=name) for name in ("first", "second")]
+    model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten(), *layers, keras.layers.Dense(3)])
+    random = np.random.default_rng(0)
+    for layer in layers:
+        kernel = random.normal(size=(64, 64)).astype("float32")
+        if pattern == "2:4":
+            groups = np.abs(kernel).reshape(16, 4, 64)
+            keep = (groups >= np.sort(groups, axis=1)[:, 2:3]).reshape(64, 64)
+        else:
+            side = int((pattern or "1x1")[2:])
+            keep = np.repeat(random.random((64 // side, 64)) > 0.8, side, axis=0)
+        layer.set_weights([kernel * keep, np.zeros(64, "float32")])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("format", "pattern", "stored"),
+    [
+        ("float32", "", "sparse"),
+        ("float32", "2:4", "sparse"),
+        ("float32", "1x4", "sparse 1x4"),
+        ("float32", "1x16", "sparse 1x4"),
+        ("float16", "", "sparse"),
+        ("float16", "2:4", "sparse"),
+        ("int8", "1x16", "sparse 1x16"),
+    ],
+)
+def test_a_file_without_zeros_is_smaller_answers_alike_and_is_read_as_the_dense_one(
+    format, pattern, stored, pictures, tmp_path
+):
+    model = sparse_network(pattern)
+    dense = write(model, tmp_path / "dense", format, calibration=pictures)
+    sparse = write(model, tmp_path / "sparse", format, calibration=pictures, sparse=True)
+    wanted = run(dense, pictures)
+    assert np.abs(run(sparse, pictures) - wanted).max() <= 0.02 * np.ptp(wanted)
+    assert sparse.facts["bytes"] < 0.85 * dense.facts["bytes"]
+    before, after = read_proof(dense.file), read_proof(sparse.file)
+    held = [np.mean(model.get_layer(name).kernel.numpy() == 0) for name in ("first", "second")]
+    for name, zeros in zip(("first", "second"), held, strict=True):
+        one, other = (
+            next(k for k in proof.weights if f"/{name}_" in k.name or f"/{name}/" in k.name)
+            for proof in (before, after)
+        )
+        assert other.storage == stored
+        assert one.storage == "dense"
+        assert one.zeros == other.zeros
+        assert other.zeros.pattern == pattern
+        assert (one.sparsity, one.distinct, one.distinct_per_channel) == (
+            other.sparsity,
+            other.distinct,
+            other.distinct_per_channel,
+        )
+        promise = Promise(layer=name, kind="dense", shape=(64, 64), sparsity=zeros, pattern=pattern)
+        assert check(before, [promise], format) == check(after, [promise], format) == []
+
+
+@pytest.mark.parametrize("pattern", ["", "2:4", "1x4"])
+def test_int8_that_xnnpack_would_not_load_is_never_produced(pattern, pictures, tmp_path):
+    with pytest.raises(
+        ModelError, match=r"tensor '\S+' sparse, since 0\.\d\d of it are zero, and XNNPACK loads .* drop '\+sparse'"
+    ):
+        write(sparse_network(pattern), tmp_path, "int8", calibration=pictures, sparse=True)
+    assert not (tmp_path / "exported.json").exists()
+    interpreter = Interpreter(str(tmp_path / "model.tflite"))
+    with pytest.raises(RuntimeError, match="failed to delegate FULLY_CONNECTED"):
+        interpreter.allocate_tensors()
+
+
+@pytest.mark.parametrize(("format", "pattern"), [("float16", "1x4"), ("float16", "1x16"), ("dynamic", "1x16")])
+def test_what_the_grammar_refuses_would_answer_nonsense(format, pattern, pictures, tmp_path):
+    model = sparse_network(pattern)
+    sparse = write(model, tmp_path, format, sparse=True)
+    wanted = model(pictures, training=False).numpy()
+    assert not np.abs(run(sparse, pictures) - wanted).max() <= 0.5 * np.ptp(wanted)  # NaN, or far off
 
 
 class FakelyQuantized(keras.layers.Layer):

@@ -18,6 +18,7 @@ from hypothesis.extra import numpy as arrays
 
 from components.artifacts import Promise
 from components.delivery.proof import Kernel, Proof, check, match, read_proof
+from components.delivery.zeros import Zeros
 from components.errors import ContractError
 
 TYPES = {"float32": 0, "float16": 1, "int8": 9, "int4": 17}
@@ -247,6 +248,22 @@ def test_more_zeros_and_fewer_values_than_promised_are_fine():
     promise = Promise(layer="a", kind="conv2d", shape=(4, 3, 3, 2), sparsity=54 / 72, distinct=16, quantized=True)
     held = kernel(sparsity=round(54 / 72, 6), distinct_per_channel=15, dtype="int8")
     assert check(proof(held), [promise], "int8") == []
+
+
+@pytest.mark.parametrize(
+    ("promise", "words"),
+    [
+        ({"pattern": "2:4", "sparsity": 0.5}, "2 zeros in each 4 inputs were promised, the file holds a group with 1"),
+        ({"pattern": "3:8", "sparsity": 0.375}, None),
+        ({"pattern": "1x4", "sparsity": 0.6}, "sparsity 0.6000 in blocks of 1x4 was promised, the file holds 0.2500"),
+        ({"pattern": "1x4", "sparsity": 0.25}, None),
+    ],
+)
+def test_a_broken_pattern_is_named_by_layer_and_tensor(promise, words):
+    held = Zeros(groups={"4": 1, "8": 3}, blocks={"1x4": 0.25})
+    found = kernel("model/a/MatMul", "FULLY_CONNECTED", shape=(4, 16), sparsity=0.6, zeros=held)
+    broken = check(proof(found), [Promise(layer="a", kind="dense", shape=(4, 16), **promise)], "float32")
+    assert broken == ([] if words is None else [f"layer 'a' (tensor 'model/a/MatMul'): {words}"])
 
 
 def test_lost_clusters_and_float_where_int8_was_promised_are_named():

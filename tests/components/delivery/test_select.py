@@ -153,6 +153,22 @@ def test_integer_files_that_are_slower_than_float32_are_remarked():
     assert remarks([variant("int8", dtype="int8")]) == []
 
 
+@pytest.mark.parametrize(
+    ("recipe", "dense"),
+    [("prune@0.9:1x16+int8+sparse", "prune@0.9:1x16+int8"), ("prune@2:4+float32+sparse", "prune@2:4")],
+)
+def test_sparse_storage_that_is_neither_smaller_nor_faster_is_remarked(recipe, dense):
+    plain = variant(dense, p50=1.0, size=2000)
+    (remark,) = remarks([plain, variant(recipe, p50=0.99, size=2000)])
+    assert remark == (
+        f"{recipe} has 2,000 raw bytes and takes 0.99 ms, with zeros stored 2,000 bytes and 1 ms on a processor: "
+        "sparse storage is neither smaller nor faster here, so drop '+sparse'."
+    )
+    assert remarks([plain, variant(recipe, p50=2.0, size=1999)]) == []
+    assert remarks([plain, variant(recipe, p50=0.9, size=2001)]) == []
+    assert remarks([variant(recipe, p50=2.0, size=2001)]) == []
+
+
 MEASURED = st.builds(
     lambda metric, validation, gzip, size, p50, status: variant(
         "", metric, gzip, p50, validation=validation, size=size, status=status
