@@ -40,7 +40,9 @@ STRENGTHS: dict[str, Strength | None] = {
 """The training steps in the order in which a recipe may name them; None: takes no strength."""
 
 TRAINING_STEPS = tuple(STRENGTHS)
-FORMATS = ("float32", "float16", "dynamic", "int8")
+FORMATS = ("float32", "float16", "dynamic", "int8", "int16x8", "int8_weights", "int4_weights")
+IO = {"int8": ("float32", "int8", "uint8"), "int16x8": ("float32", "int16")}
+"""By format that computes in integers: what its input and output may be. The converter allows no other."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,6 +38,7 @@ def test_a_recipe_is_written_back_whole(text, whole):
         ("cluster+prune", "'prune' cannot follow 'cluster'; the order is"),
         ("int8+qat", "'int8' says how the file is written, so nothing may follow it; got 'qat'."),
         ("qat+float16", "a qat model is written as int8, got 'float16'; drop '+float16' or 'qat'."),
+        ("qat+int4_weights", "a qat model is written as int8, got 'int4_weights'; drop '+int4_weights' or 'qat'."),
         ("prune+pickle", "unknown step 'pickle'; use one of"),
     ],
 )
