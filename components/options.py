@@ -292,7 +292,7 @@ class CompressOptions(Options):
         min_length=1,
         description="Paths in the compression tree: steps joined by '+', strength after '@'. "
         "Steps: lowrank[@energy], prune[@sparsity] (in patterns: @2:4, @0.9:1x4, @0.9:1x16), cluster[@clusters], qat. Last, how it is written: "
-        "float32, float16, dynamic, int8; behind that perhaps sparse, which leaves zeros out.",
+        "float32, float16, dynamic, int8, int16x8, int8_weights, int4_weights; behind that perhaps sparse, which leaves zeros out.",
     )
     batch_size: Count | None = Field(None, description="null: as in train.")
     lowrank: LowRankOptions = LowRankOptions()
@@ -317,9 +317,12 @@ class ExportOptions(Options):
     """Keras to TFLite."""
 
     calibration_examples: Count | None = Field(
-        None, description="int8 only; null: the whole calibration split, 512 at most."
+        None, description="int8 and int16x8 only; null: the whole calibration split, 512 at most."
     )
-    io: Literal["int8", "float32"] = Field("float32", description="Input and output dtype of integer files.")
+    io: Literal["float32", "int8", "uint8", "int16"] = Field(
+        "float32",
+        description="Input and output dtype of integer files: float32, int8 or uint8 for int8, float32 or int16 for int16x8.",
+    )
 
 
 class MeasureOptions(Options):

@@ -84,8 +84,10 @@ STRENGTHS: dict[str, Strength | None] = {
 """The training steps in the order in which a recipe may name them; None: takes no strength."""
 
 TRAINING_STEPS = tuple(STRENGTHS)
-FORMATS = ("float32", "float16", "dynamic", "int8")
 SPARSE = "sparse"
+FORMATS = ("float32", "float16", "dynamic", "int8", "int16x8", "int8_weights", "int4_weights")
+IO = {"int8": ("float32", "int8", "uint8"), "int16x8": ("float32", "int16")}
+"""By format that computes in integers: what its input and output may be. The converter allows no other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +198,8 @@ def _check_sparse(text: str, recipe: Recipe) -> None:
         "float16": pruned.pattern in BLOCKS and "TFLite makes NaN of float16 blocks",
         "dynamic": "XNNPACK takes the stored weights for the whole kernel",
         "int8": pruned.pattern != "1x16" and "XNNPACK loads sparse int8 kernels of dense layers in blocks of 1x16 only",
-    }.get(recipe.format)
+        "float32": None,
+    }.get(recipe.format, "it has not been seen to run")
     if wrong:
         raise ConfigError(
             f"compress.recipes '{text}': sparse storage of {recipe.format} does not work after '{pruned}': {wrong}; drop '+{SPARSE}', or write 'prune@0.9:1x16+int8+sparse' or 'prune@0.9:1x4+float32+sparse'."

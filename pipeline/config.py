@@ -38,7 +38,7 @@ from components.options import (
     StrategyOptions,
     TrainOptions,
 )
-from components.recipe import Recipe, parse_recipe
+from components.recipe import IO, Recipe, parse_recipe
 from pipeline import adopt, rules, yaml_text
 from pipeline.rules import Origin, Spot
 from pipeline.yaml_text import KeyPath, dotted, shown
@@ -445,8 +445,13 @@ def _impossible(recipe: Recipe, config: Config) -> Iterator[str]:
             f"clusters must be at least 3 after prune, since zero is one of them, got {names['cluster'].strength:g}; "
             "write cluster@3 or more."
         )
-    if recipe.format == "int8" and "qat" not in names and not config.preprocess.splits.calibration:
+    if recipe.format in IO and "qat" not in names and not config.preprocess.splits.calibration:
         yield (
-            "int8 must have calibration rows to find its ranges, got preprocess.splits.calibration=0; give it a "
+            f"{recipe.format} must have calibration rows to find its ranges, got preprocess.splits.calibration=0; give it a "
             "share, for instance 0.05."
+        )
+    if config.export.io not in IO.get(recipe.format, (config.export.io,)):
+        yield (
+            f"the input and output of an {recipe.format} file must be {' or '.join(IO[recipe.format])}, got "
+            f"export.io={config.export.io}; change export.io, or leave the recipe out."
         )

@@ -338,7 +338,7 @@ JOURNEY = (
         },
         _export,
         ("components.delivery.export", "components.compression.compress", "components.training.model"),
-        ("tensorflow", "keras", "tf-keras", "tensorflow-model-optimization"),
+        ("tensorflow", "keras", "tf-keras", "tensorflow-model-optimization", "ai-edge-quantizer"),
     ),
     Stage(
         "measure",

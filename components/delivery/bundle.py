@@ -30,6 +30,7 @@ from components.delivery.card import model_card
 from components.delivery.skew import delivered, feature_names, golden_features, neighbours, skew_gate
 from components.errors import ConfigError, ContractError, DataError
 from components.options import BundleOptions
+from components.recipe import IO
 from components.tracing import Trace
 
 SCHEMA = 1
@@ -37,7 +38,8 @@ MANIFEST = "manifest.json"
 VERSIONS = ("ai-edge-litert", "keras", "numpy", "tensorflow", "tensorflow-model-optimization")
 # How far answers may move on another machine, as a fraction of the largest golden answer. Float kernels add in another
 # order; dynamic-range kernels round activations at run time, where a last bit may tip a code of 1/127.
-MACHINE_TOLERANCE = {"float32": 1e-5, "float16": 1e-5, "dynamic": 2e-2}
+MACHINE_TOLERANCE = {"float32": 1e-5, "float16": 1e-5, "dynamic": 2e-2, "int8_weights": 1e-5, "int4_weights": 1e-5}
+INTEGER_OUTPUTS = (schema.TensorType.INT8, schema.TensorType.INT16)
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # the earliest that zip knows: equal inputs give equal bytes
 
 
@@ -214,11 +216,11 @@ def machine_tolerance(file: pathlib.Path, format: str, outputs: np.ndarray) -> t
 
     Args:
       file: The flatbuffer.
-      format: 'float32', 'float16', 'dynamic' or 'int8'.
+      format: One of `components.recipe.FORMATS`.
       outputs: float32 (n, width), its answers here.
     """
     largest = max(float(np.abs(outputs).max()), 1e-6)
-    step = output_step(file) if format == "int8" else None
+    step = output_step(file) if format in IO else None
     if step is not None:
         return step, "one quantization step of the output"
     share = MACHINE_TOLERANCE.get(format, MACHINE_TOLERANCE["dynamic"])
@@ -233,7 +235,7 @@ def output_step(file: pathlib.Path) -> float | None:
         operator = graph.Operators(place)
         if operator.OutputsLength() and operator.Outputs(0) == tensor and operator.InputsLength() == 1:
             before = graph.Tensors(operator.Inputs(0))
-            if graph.Tensors(tensor).Type() == schema.TensorType.FLOAT32 and before.Type() == schema.TensorType.INT8:
+            if graph.Tensors(tensor).Type() == schema.TensorType.FLOAT32 and before.Type() in INTEGER_OUTPUTS:
                 tensor = operator.Inputs(0)
     quantization = graph.Tensors(tensor).Quantization()
     if graph.Tensors(tensor).Type() == schema.TensorType.FLOAT32 or quantization is None:

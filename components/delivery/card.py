@@ -16,6 +16,9 @@ FORMATS = {
     "float16": "float16 kernels that are computed in float32",
     "dynamic": "int8 kernels with activations quantized at run time",
     "int8": "int8 kernels and activations",
+    "int16x8": "int8 kernels with int16 activations",
+    "int8_weights": "int8 kernels that are computed in float32",
+    "int4_weights": "int4 kernels that are computed in float32",
 }
 
 

@@ -23,13 +23,24 @@ import numpy as np
 import tensorflow as tf
 
 from components.artifacts import DataSpec, Promise, TFLiteFile, sha256, write_json
-from components.delivery.proof import Proof, read_proof
+from components.delivery.edge_quantizer import weights_only
+from components.delivery.formats import WEIGHT_BITS, weight_dtype
+from components.delivery.owners import layer_classes, operations
+from components.delivery.proof import KERNELS, Proof, read_proof
 from components.errors import ConfigError, ContractError, ModelError
 from components.options import ExportOptions
-from components.recipe import FORMATS
+from components.recipe import FORMATS, IO
 from components.tracing import Trace
 
 CALIBRATION_LIMIT = 512  # ranges of the models in docs/results.md no longer move beyond some 200 examples
+OPERATORS = {
+    "int8": [tf.lite.OpsSet.TFLITE_BUILTINS_INT8],
+    # The second lets operators without a 16-bit kernel stay in float, as those without an 8-bit one do.
+    "int16x8": [
+        tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8,
+        tf.lite.OpsSet.TFLITE_BUILTINS,
+    ],
+}
 
 
 def export(
@@ -52,16 +63,16 @@ def export(
 
     Args:
       recipe: As results name it, 'prune@0.8+qat'.
-      format: 'float32', 'float16' (kernels only), 'dynamic' (int8 kernels above 1,024 weights, float activations) or
-        'int8' (everything). A model that carries fake quantization keeps its own ranges under 'int8'.
+      format: 'float32', 'float16' (kernels only), 'dynamic' (int8 kernels above 1,024 weights, float activations), 'int8'
+        (everything), 'int16x8' (int8 kernels, int16 activations), 'int8_weights' or 'int4_weights' (kernels only). A model
+        that carries fake quantization keeps its own ranges under 'int8'.
       model: Built Keras model of one input (batch, *spec.input_shape) float32; called with `training=False`.
       spec: Names the input and fixes its shape; the file takes one example.
       outputs: Name of a classifier's output in the file; regression calls it 'value'.
-      options: Calibration budget, and the dtype of input and output of an int8 file.
-      calibration: float32 (n, *spec.input_shape) as the model is fed; read for 'int8' only.
+      options: Calibration budget, and the dtype of input and output of an integer file.
+      calibration: float32 (n, *spec.input_shape) as the model is fed; read for 'int8' and 'int16x8' only.
       folder: Exists; an earlier attempt is overwritten.
       promises: What the compression steps did; carried along for `measure` to check.
-      untreated: Layers that a compression step left alone, with reasons; carried along.
       sparse: Zeros are not stored (`components.recipe` says where that works). Left to the converter: it does so for every
         kernel with enough of them.
       seed: Draws the calibration examples where there are more than the budget.
@@ -71,7 +82,7 @@ def export(
       The written file. Equal arguments give equal bytes.
 
     Raises:
-      ConfigError: Unknown format, or a calibration budget above what the data holds.
+      ConfigError: Unknown format, an `io` that it does not have, or a calibration budget above what the data holds.
       ContractError: Calibration examples are absent, of another shape, or not finite.
       ModelError: An operator has no built-in kernel, or the model returns another shape or dtype than `spec` says.
 
@@ -81,19 +92,27 @@ def export(
         raise ConfigError(
             f"export: the format of a recipe must be one of {', '.join(FORMATS)}, got '{format}'; correct the recipe."
         )
+    if options.io not in IO.get(format, (options.io,)):
+        raise ConfigError(
+            f"export.io must be {' or '.join(IO[format])} for {format}, got {options.io}; change it or leave {format} out of compress.recipes."
+        )
     output_name = "value" if spec.task == "regression" else outputs
     function, holder = _function(model, spec, output_name)
     converter = tf.lite.TFLiteConverter.from_concrete_functions([function], holder)
-    if format == "int8":
-        examples = _calibration(calibration, spec, options, seed)
-        _quantize_all(converter, examples, options, trace)
-    elif format != "float32":
+    if format in IO:
+        examples = _calibration(calibration, spec, options, seed, format)
+        _quantize_all(converter, format, examples, options, trace)
+    elif format in ("float16", "dynamic"):
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
         converter.target_spec.supported_types = [tf.float16] if format == "float16" else []
     if sparse:
         converter.optimizations = [*converter.optimizations, tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
+    content = _convert(converter, recipe, model)
     file = TFLiteFile(folder)
-    file.file.write_bytes(_convert(converter, recipe, model))
+    file.file.write_bytes(content)
+    if format in WEIGHT_BITS:
+        untreated = [*untreated, *_wider(content, format, model)]
+        file.file.write_bytes(weights_only(file.file, WEIGHT_BITS[format]))
     _write_face(file, recipe, format, output_name, promises, untreated, trace)
     return file
 
@@ -125,12 +144,26 @@ def _function(model: Callable[..., Any], spec: DataSpec, output_name: str) -> tu
     return function, holder
 
 
-def _calibration(calibration: np.ndarray | None, spec: DataSpec, options: ExportOptions, seed: int) -> np.ndarray:
+def _wider(content: bytes, format: str, model: Any) -> list[dict[str, Any]]:
+    """Kernels of a float file that `format` cannot store in its bits, by layer: {"layer", "class", "reason"}."""
+    bits, classes = WEIGHT_BITS[format], layer_classes(model)
+    found = []
+    for each in operations(content, list(classes)):
+        dtype = weight_dtype(each.kind, bits)
+        if each.kind in KERNELS and dtype != f"int{bits}":
+            reason = f"{format}: a {each.kind} kernel of {bits} bits is not to be had, it is {dtype}"
+            found.append({"layer": each.layer, "class": classes.get(each.layer, each.kind), "reason": reason})
+    return found
+
+
+def _calibration(
+    calibration: np.ndarray | None, spec: DataSpec, options: ExportOptions, seed: int, format: str
+) -> np.ndarray:
     """The examples that fix int8 ranges: drawn without replacement under `seed`, kept in file order."""
     held = 0 if calibration is None else len(calibration)
     if calibration is None or held == 0:
         raise ContractError(
-            "export: int8 needs examples that fix its ranges, got 0; raise preprocess.splits.calibration above 0 or leave int8 out of compress.recipes."
+            f"export: {format} needs examples that fix its ranges, got 0; raise preprocess.splits.calibration above 0 or leave {format} out of compress.recipes."
         )
     if calibration.shape[1:] != spec.input_shape or calibration.dtype != np.float32:
         raise ContractError(
@@ -147,8 +180,11 @@ def _calibration(calibration: np.ndarray | None, spec: DataSpec, options: Export
     return calibration[np.sort(np.random.default_rng(seed).permutation(held)[:wanted])]
 
 
-def _quantize_all(converter: Any, examples: np.ndarray, options: ExportOptions, trace: Trace) -> None:
-    """Sets the converter to full int8.
+def _quantize_all(converter: Any, format: str, examples: np.ndarray, options: ExportOptions, trace: Trace) -> None:
+    """Sets the converter to integers throughout: weights int8, activations int8 or int16.
+
+    ai-edge-quantizer's int16x8 was tried as well; on the toy of the tests both are equally near to the float model, but the
+    converter has the kernels of more operators.
 
     Examples are passed for quantization-aware models too: TF 2.21 insists on them, and takes from them only the ranges
     of layers that carry none of their own.
@@ -156,14 +192,13 @@ def _quantize_all(converter: Any, examples: np.ndarray, options: ExportOptions, 
 
     def representative() -> Iterator[list[np.ndarray]]:
         for number, example in enumerate(examples, 1):
-            trace.progress(number, len(examples), "calibrating int8")
+            trace.progress(number, len(examples), f"calibrating {format}")
             yield [example[np.newaxis]]
 
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     converter.representative_dataset = representative
-    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
-    if options.io == "int8":
-        converter.inference_input_type = converter.inference_output_type = tf.int8
+    converter.target_spec.supported_ops = OPERATORS[format]
+    converter.inference_input_type = converter.inference_output_type = tf.as_dtype(options.io)
 
 
 def _convert(converter: Any, recipe: str, model: Any) -> bytes:
@@ -213,10 +248,10 @@ def _write_face(
 ) -> None:
     proof = read_proof(file.file)
     _check_storage(proof, recipe)
-    if format == "int8" and proof.float_operators:
+    if format in IO and proof.float_operators:
         names = ", ".join(proof.float_operators)
         trace.warn(
-            f"{recipe}: operators without an int8 kernel run in float inside the file, expect it to be slower: {names}."
+            f"{recipe}: operators without an {format} kernel run in float inside the file, expect it to be slower: {names}."
         )
     trace.scalar("export/bytes", proof.bytes)
     trace.scalar("export/gzip_bytes", proof.gzip_bytes)

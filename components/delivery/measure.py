@@ -138,10 +138,10 @@ def predict(path: pathlib.Path, inputs: np.ndarray) -> np.ndarray:
 
     Args:
       path: The `.tflite` file.
-      inputs: float32 (n, *shape); quantized here where the file takes int8.
+      inputs: float32 (n, *shape); quantized here where the file takes integers.
 
     Returns:
-      float32 (n, outputs), dequantized where the file returns int8.
+      float32 (n, outputs), dequantized where the file returns integers.
 
     Raises:
       ContractError: The runtime refuses the file, or examples have another shape.

@@ -21,6 +21,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from components.artifacts import Promise
+from components.delivery.formats import INTEGER_KERNELS, check_format
 from components.delivery.zeros import Zeros, densify, find_zeros, storage
 from components.errors import ContractError
 
@@ -46,13 +47,10 @@ OPERATORS_OF_KIND = {
 }
 # These only change how a kernel is stored; the operator behind them is the one that uses it.
 STORAGE = ("DEQUANTIZE", "DENSIFY")
-INTEGER_KERNELS = ("int8", "int4", "int2", "uint8", "uint4")
 NUMPY_TYPES = {"bfloat16": np.uint16} | {
     name: np.dtype(name)
     for name in ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
 }
-# The converter's dynamic-range quantizer leaves kernels below this size in float32 (quantize_weights.cc).
-DYNAMIC_MINIMUM = 1024
 # What the generated parser raises on bytes that are no flatbuffer.
 DAMAGED = (struct.error, IndexError, KeyError, ValueError, TypeError, AttributeError, OverflowError, MemoryError)
 
@@ -73,6 +71,7 @@ class Kernel:
       scales: Quantization scales: 0 float, 1 one for the tensor, more: one per channel.
       zeros: Where the zeros lie.
       storage: 'dense', or 'sparse' with the blocks that are stored, as 'sparse 1x16'.
+      computes: Type of that operator's output: what it computes in.
     """
 
     name: str
@@ -86,11 +85,17 @@ class Kernel:
     scales: int
     zeros: Zeros = Zeros()
     storage: str = "dense"
+    computes: str = "float32"
 
     @property
     def size(self) -> int:
         """Number of weights."""
         return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def short(self) -> str:
+        """The part of the name before ';': the converter joins the names of all fused operations."""
+        return self.name.partition(";")[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,7 +223,7 @@ class _Graph:
         self.graph = graph
         self.buffers = model.buffers
         self.content = content
-        self.names = [_operator_name(model.operatorCodes[operator.opcodeIndex]) for operator in graph.operators]
+        self.names = [operator_name(model.operatorCodes[operator.opcodeIndex]) for operator in graph.operators]
         # tensor -> the constant behind it, through operators that only change its storage
         self.stored = {
             operator.outputs[0]: operator.inputs[0]
@@ -274,6 +279,7 @@ class _Graph:
             zeros=find_zeros(values == 0, operator),
             storage=storage(stored.sparsity),
             **_dense_facts(values, axis % len(shape)),
+            computes=self.dtype(output),
         )
 
     def parameters(self) -> int:
@@ -290,7 +296,8 @@ class _Graph:
         return sum(counted.values())
 
 
-def _operator_name(code: Any) -> str:
+def operator_name(code: Any) -> str:
+    """Name of a built-in operator, or 'CUSTOM:' and the name of another."""
     if code.customCode is not None:
         return "CUSTOM:" + code.customCode.decode()
     # Old files hold the number in the one-byte field only; see the schema's note on `deprecated_builtin_code`.
@@ -337,7 +344,7 @@ def check(proof: Proof, promises: Sequence[Promise], format: str) -> list[str]:
     Args:
       proof: Of the file.
       promises: Of the compression steps, in the order of the model's layers.
-      format: How the file was written: 'float32', 'float16', 'dynamic' or 'int8'.
+      format: How the file was written, one of `components.recipe.FORMATS`.
 
     Returns:
       Each broken promise in words that name layer and tensor; empty when all hold. Quantization may add zeros and
@@ -345,7 +352,7 @@ def check(proof: Proof, promises: Sequence[Promise], format: str) -> list[str]:
     """
     broken = [f"operator {name} needs the TensorFlow runtime (Flex)" for name in proof.flex]
     broken += [f"operator {name} is not built in" for name in proof.custom]
-    broken += _check_format(proof, format)
+    broken += check_format(proof.weights, format)
     for promise, kernel in match(proof.weights, promises):
         if kernel is None:
             broken.append(f"layer '{promise.layer}': no {promise.kind} kernel of shape {promise.shape} in the file")
@@ -354,22 +361,8 @@ def check(proof: Proof, promises: Sequence[Promise], format: str) -> list[str]:
     return broken
 
 
-def _check_format(proof: Proof, format: str) -> list[str]:
-    wanted = {"float16": ("float16",), "int8": INTEGER_KERNELS}.get(format)
-    if wanted is not None:
-        return [
-            f"tensor '{_short(kernel)}' is {kernel.dtype}, {format} was promised"
-            for kernel in proof.weights
-            if kernel.dtype not in wanted
-        ]
-    large = [kernel for kernel in proof.weights if kernel.size >= DYNAMIC_MINIMUM]
-    if format == "dynamic" and large and not any(kernel.dtype in INTEGER_KERNELS for kernel in large):
-        return [f"tensor '{_short(large[0])}' and all other kernels are {large[0].dtype}, int8 was promised"]
-    return []
-
-
 def _check_kernel(promise: Promise, kernel: Kernel) -> list[str]:
-    where = f"layer '{promise.layer}' (tensor '{_short(kernel)}')"
+    where = f"layer '{promise.layer}' (tensor '{kernel.short}')"
     broken = []
     # Half a weight: sparsities are fractions of the same whole number, written and read as decimals.
     if kernel.sparsity < promise.sparsity - 0.5 / kernel.size:
@@ -384,11 +377,6 @@ def _check_kernel(promise: Promise, kernel: Kernel) -> list[str]:
     if promise.quantized and kernel.dtype not in INTEGER_KERNELS:
         broken.append(f"{where}: int8 was promised, the file holds {kernel.dtype}")
     return broken
-
-
-def _short(kernel: Kernel) -> str:
-    """The part of a tensor's name before ';': the converter joins the names of all fused operations."""
-    return kernel.name.partition(";")[0]
 
 
 def match(kernels: Sequence[Kernel], promises: Sequence[Promise]) -> list[tuple[Promise, Kernel | None]]:

@@ -29,7 +29,15 @@ from components.errors import ContractError
 # 1e-7 (a GPU that multiplies in TF32 reaches 1e-3), float16 5e-4, dynamic 0.005, int8 0.014; a collapsed feed is far off:
 # inputs scaled to [-1, 1], by 255 or mirrored give 0.9 to 300. Deep quantized models lie higher than the toys, and what
 # that costs in accuracy is for `measure` and `select` to judge, not for this gate.
-KERAS_TOLERANCE = {"float32": 5e-3, "float16": 2e-2, "dynamic": 0.3, "int8": 0.3}
+KERAS_TOLERANCE = {
+    "float32": 5e-3,
+    "float16": 2e-2,
+    "dynamic": 0.3,
+    "int8": 0.3,
+    "int16x8": 0.3,
+    "int8_weights": 0.3,
+    "int4_weights": 0.5,
+}
 BATCH = 64  # rows asked of tf.data at a time, and rows that the spread of answers is taken from
 
 
@@ -106,7 +114,7 @@ def skew_gate(
       folder: The bundle, filled but for its golden samples.
       file: The `.tflite` file as `export` left it and `measure` measured it.
       golden: Entries of the prepared data's `golden.json`: raw record, features as Beam's blocks hold them.
-      format: 'float32', 'float16', 'dynamic' or 'int8': sets the tolerance towards the Keras model.
+      format: One of `components.recipe.FORMATS`: sets the tolerance towards the Keras model.
       keras_outputs: float32 (n, *input_shape) -> (n, outputs) of the model that was exported; None leaves the seam out.
       tf_inputs: The golden rows as tf.data delivers them, see `delivered`; None leaves the seam out.
       more_inputs: Further rows, see `neighbours`: one golden record whose answer is near zero says nothing of the spread

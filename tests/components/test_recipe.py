@@ -66,6 +66,10 @@ def test_a_recipe_is_written_back_whole(text, whole):
             "prune@0.9:1x4+float16+sparse",
             "sparse storage of float16 does not work after 'prune@0.9:1x4': TFLite makes NaN of float16 blocks; drop",
         ),
+        (
+            "prune@0.9:1x16+int16x8+sparse",
+            "sparse storage of int16x8 does not work after 'prune@0.9:1x16': it has not been",
+        ),
         ("cluster@many", "the strength after '@' must be a number, got 'many'; write 'cluster@16'."),
         (
             "lowrank@1",
@@ -76,6 +80,7 @@ def test_a_recipe_is_written_back_whole(text, whole):
         ("cluster+prune", "'prune' cannot follow 'cluster'; the order is"),
         ("int8+qat", "'int8' says how the file is written, so nothing may follow it; got 'qat'."),
         ("qat+float16", "a qat model is written as int8, got 'float16'; drop '+float16' or 'qat'."),
+        ("qat+int4_weights", "a qat model is written as int8, got 'int4_weights'; drop '+int4_weights' or 'qat'."),
         ("prune+pickle", "unknown step 'pickle'; use one of"),
     ],
 )

@@ -171,7 +171,7 @@ REFUSED = {
     "compress: {recipes: int8}": "my.yaml:4: compress.recipes must be a list of at least one, each text, got 'int8'; put it "
     "in brackets: [int8].",
     "compress:\n  recipes:\n  - int8\n  - prnue": "my.yaml:7: compress.recipes 'prnue': unknown step 'prnue'; use one of "
-    "lowrank, prune, cluster, qat, float32, float16, dynamic, int8, strength after '@'.",
+    "lowrank, prune, cluster, qat, float32, float16, dynamic, int8, int16x8, int8_weights, int4_weights, strength after '@'.",
     "preprocess:\n  splits: {test: 0.9, validation: 0.2}": "my.yaml:5: preprocess.splits: test + validation + calibration "
     "must be below 1, got 1.15; lower one of them.",
     "preprocess: {columns: {a b: {kind: nubmer}}}": "my.yaml:4: preprocess.columns.'a b'.kind must be one of auto, number, "
@@ -199,6 +199,13 @@ REFUSED = {
     "have a validation split, got preprocess.splits.validation=0; give it a share, for instance 0.1.",
     "preprocess: {splits: {calibration: 0}}\ncompress: {recipes: [qat, int8]}": "my.yaml:5: compress.recipes 'int8': int8 "
     "must have calibration rows to find its ranges, got preprocess.splits.calibration=0; give it a share, for instance 0.05.",
+    "preprocess: {splits: {calibration: 0}}\ncompress: {recipes: [prune@0.5+int16x8]}": "my.yaml:5: compress.recipes "
+    "'prune@0.5+int16x8': int16x8 must have calibration rows to find its ranges, got preprocess.splits.calibration=0; give it a "
+    "share, for instance 0.05.",
+    "export: {io: int8}\ncompress: {recipes: [int8, int8_weights, int16x8]}": "my.yaml:5: compress.recipes 'int16x8': the input and "
+    "output of an int16x8 file must be float32 or int16, got export.io=int8; change export.io, or leave the recipe out.",
+    "export: {io: int16}\ncompress: {recipes: [int16x8, qat]}": "my.yaml:5: compress.recipes 'qat': the input and output of an int8 "
+    "file must be float32 or int8 or uint8, got export.io=int16; change export.io, or leave the recipe out.",
     "compress: {prune: {begin: 0.5, end: 0.5}}": "my.yaml:4: compress.prune.begin must be below compress.prune.end=0.5, got "
     "0.5; lower it.",
     "compress: {prune: {initial_sparsity: 0.5}, recipes: [prune@0.4]}": "my.yaml:4: compress.recipes 'prune@0.4': the "

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from components.artifacts import Batches, PreparedData, TFLiteFile
+from components.artifacts import Batches, DataSpec, PreparedData, TFLiteFile
 from components.data.dataset import make_batches, read
 from components.data.preprocess import preprocess
 from components.delivery.bundle import bundle
@@ -141,3 +141,68 @@ def made(tmp_path_factory):
         return kept[kind]
 
     return get
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    """A problem that a small network learns in seconds: which quarter of a noisy picture is brighter."""
+
+    model: keras.Model
+    inputs: np.ndarray
+    labels: np.ndarray
+    held: np.ndarray
+    held_labels: np.ndarray
+    spec: DataSpec = DataSpec(task="classification", input_name="image", input_shape=(12, 12, 1), labels=tuple("abcd"))
+
+    def export(self, folder, format, *, options=None, model=None, **more):
+        folder.mkdir(exist_ok=True)
+        more = {"seed": 0, "trace": Trace(), "calibration": self.inputs[:96], **more}
+        calibration = more.pop("calibration")
+        given = (model or self.model, self.spec, "logits", options or ExportOptions(), calibration, folder)
+        return export(more.pop("recipe", format), format, *given, **more)
+
+    def accuracy(self, outputs):
+        return float(np.mean(outputs.argmax(axis=1) == self.held_labels))
+
+    def difference(self, outputs):
+        """Root mean square from the model's answers, as a share of their spread."""
+        wanted = self.model(self.held, training=False).numpy()
+        return float(np.sqrt(np.mean((outputs - wanted) ** 2)) / wanted.std())
+
+
+def quarters(rows, seed):
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, 4, rows).astype(np.int32)
+    inputs = random.normal(0, 0.3, (rows, 12, 12, 1)).astype(np.float32)
+    for picture, label in zip(inputs, labels, strict=True):
+        row, column = divmod(int(label), 2)
+        picture[6 * row : 6 * row + 6, 6 * column : 6 * column + 6] += 0.2
+    return inputs, labels
+
+
+def toy_network():
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            keras.Input((12, 12, 1)),
+            layers.Conv2D(8, 3, use_bias=False, name="stem"),
+            layers.BatchNormalization(name="stem_bn"),
+            layers.ReLU(name="stem_relu"),
+            layers.DepthwiseConv2D(3, strides=2, activation="relu", name="depthwise"),
+            layers.Conv2D(16, 1, activation="relu", name="pointwise"),
+            layers.Flatten(name="flat"),
+            layers.Dense(32, activation="relu", name="hidden"),
+            layers.Dense(4, name="head"),
+        ],
+        name="quarters",
+    )
+
+
+@pytest.fixture(scope="session")
+def toy():
+    inputs, labels = quarters(1024, 0)
+    keras.utils.set_random_seed(1)
+    model = toy_network()
+    model.compile(keras.optimizers.Adam(3e-3), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(inputs, labels, batch_size=64, epochs=6, verbose=0)
+    return Toy(model, inputs, labels, *quarters(400, 1))

@@ -11,13 +11,14 @@ from ai_edge_litert.interpreter import Interpreter
 
 from components.artifacts import DataSpec, Promise
 from components.delivery.export import CALIBRATION_LIMIT, export
+from components.delivery.measure import predict
 from components.delivery.proof import check, read_proof
 from components.errors import ConfigError, ContractError, ModelError
 from components.options import ExportOptions
+from components.recipe import FORMATS, IO
 from components.tracing import Trace
 
 SPEC = DataSpec(task="classification", input_name="image", input_shape=(8, 8, 1), labels=("a", "b", "c"))
-FORMATS = ("float32", "float16", "dynamic", "int8")
 
 
 def network(library=keras):
@@ -126,10 +127,23 @@ def test_the_signature_names_input_and_output_and_takes_one_example(spec, output
     assert interpreter.get_input_details()[0]["shape"].tolist() == [1, *spec.input_shape]
 
 
-@pytest.mark.parametrize("io", ["float32", "int8"])
-def test_an_int8_file_has_the_input_and_output_dtype_that_was_asked_for(io, model, pictures, tmp_path):
-    proof = read_proof(write(model, tmp_path, "int8", calibration=pictures, options=ExportOptions(io=io)).file)
+@pytest.mark.parametrize(("format", "io"), [(format, io) for format, allowed in IO.items() for io in allowed])
+def test_an_integer_file_takes_and_gives_what_was_asked_for_and_answers_alike(format, io, toy, tmp_path):
+    file = toy.export(tmp_path, format, options=ExportOptions(io=io)).file
+    proof = read_proof(file)
     assert (proof.input_dtype, proof.output_dtype) == (io, io)
+    outputs = predict(file, toy.held)
+    assert toy.difference(outputs) < 0.1
+    assert toy.accuracy(outputs) >= toy.accuracy(toy.model(toy.held, training=False).numpy()) - 0.01
+
+
+@pytest.mark.parametrize(
+    ("format", "io", "allowed"),
+    [("int8", "int16", "float32 or int8 or uint8"), ("int16x8", "int8", "float32 or int16")],
+)
+def test_an_input_dtype_that_the_format_does_not_have_is_refused(format, io, allowed, toy, tmp_path):
+    with pytest.raises(ConfigError, match=rf"export\.io must be {allowed} for {format}, got {io}; change it or leave"):
+        toy.export(tmp_path, format, options=ExportOptions(io=io))
 
 
 def test_a_tf_keras_model_is_converted_as_well(pictures, tmp_path):
@@ -329,7 +343,7 @@ def test_more_calibration_examples_than_there_are_is_a_config_error(model, pictu
 
 
 def test_an_unknown_format_is_a_config_error(model, tmp_path):
-    with pytest.raises(ConfigError, match="must be one of float32, float16, dynamic, int8, got 'int4'"):
+    with pytest.raises(ConfigError, match="must be one of float32, .*, int4_weights, got 'int4'"):
         write(model, tmp_path, "int4")
 
 
