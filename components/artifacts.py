@@ -164,7 +164,9 @@ class CompressedModel:
     """The folder that one compression step leaves; face: `compressed.json`.
 
     `facts` holds {"recipe": "prune@0.8+cluster@16", "quantized": bool, "outputs": "logits" | "probabilities",
-    "layers": [Promise, ...], "untreated": [{"layer", "class", "reason"}, ...], "validation": {...}}.
+    "layers": [Promise, ...], "untreated": [{"layer", "class", "reason"}, ...], "validation": {...},
+    "channels": None, or where the recipe removes some {"multiply_adds": [before, after], "parameters": [before, after],
+    "groups": [{"layers": [...], "channels": [before, after]}, ...]}}.
     """
 
     folder: pathlib.Path

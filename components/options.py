@@ -221,6 +221,26 @@ class FineTune(Options):
     exclude: list[str] = Field([], description="Layer names that the step leaves alone.")
 
 
+class ChannelsOptions(FineTune):
+    """Removal of whole filters and neurons (Li et al. 2017, arXiv 1608.08710)."""
+
+    epochs: Count = Field(8, description="More than other steps need: what is removed is gone at once.")
+    removed: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="Share of the multiply-adds to remove where the recipe names none."
+    )
+    importance: Literal["l2", "l1", "batch_norm"] = Field(
+        "l2",
+        description="Which channels go first: those with the smallest norm of their kernel, batch normalization folded in; "
+        "or, batch_norm, those with the smallest scale of the normalization behind (without one: by l2).",
+    )
+    minimum: Count = Field(4, description="Channels that every group keeps.")
+    multiple: Count = Field(
+        8,
+        description="Groups of at least twice as many channels keep a multiple of it: XNNPACK computes channels in tiles, "
+        "and a tile begun costs as much as a full one. 1: any number.",
+    )
+
+
 class PruneOptions(FineTune):
     """Magnitude pruning (Zhu and Gupta 2017, arXiv 1710.01878)."""
 
@@ -272,10 +292,11 @@ class CompressOptions(Options):
         ],
         min_length=1,
         description="Paths in the compression tree: steps joined by '+', strength after '@'. "
-        "Steps: prune[@sparsity], cluster[@clusters], qat. Last, how it is written: "
+        "Steps: channels[@share], prune[@sparsity], cluster[@clusters], qat. Last, how it is written: "
         "float32, float16, dynamic, int8.",
     )
     batch_size: Count | None = Field(None, description="null: as in train.")
+    channels: ChannelsOptions = ChannelsOptions()
     prune: PruneOptions = PruneOptions()
     cluster: ClusterOptions = ClusterOptions()
     qat: QatOptions = QatOptions()
@@ -283,7 +304,7 @@ class CompressOptions(Options):
     @property
     def strengths(self) -> dict[str, float]:
         """By step: the strength that it has where a recipe names none."""
-        return {"prune": self.prune.sparsity, "cluster": self.cluster.clusters}
+        return {"channels": self.channels.removed, "prune": self.prune.sparsity, "cluster": self.cluster.clusters}
 
 
 # --- delivery ----------------------------------------------------------------------------------------------------

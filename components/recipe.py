@@ -3,8 +3,9 @@
     recipe = step ("+" step)*        training steps first, at most one way of writing last
     step   = name ["@" strength]
 
-Training steps come in the order prune, cluster, qat, each at most once: a later step keeps what an earlier one did, and
-the reverse is not possible (pruning after clustering would move centroids, training after QAT would lose its ranges).
+Training steps come in the order channels, prune, cluster, qat, each at most once: a later step keeps what an earlier one did, and
+the reverse is not possible (channels that go after pruning would take its zeros along, pruning after clustering would move centroids,
+training after QAT would lose its ranges).
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ class Strength:
 
 
 STRENGTHS: dict[str, Strength | None] = {
+    "channels": Strength(
+        lambda value: 0 < value < 1, "a share of the multiply-adds above 0 and below 1", "channels@0.5"
+    ),
     "prune": Strength(lambda value: 0 < value < 1, "a sparsity above 0 and below 1", "prune@0.8"),
     "cluster": Strength(
         lambda value: value.is_integer() and 2 <= value <= 256, "a whole number from 2 to 256", "cluster@16"
@@ -45,7 +49,11 @@ FORMATS = ("float32", "float16", "dynamic", "int8")
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One training step; `strength` is a sparsity in (0, 1) for prune, a count of clusters for cluster, None for qat."""
+    """One training step.
+
+    `strength` is a share of the multiply-adds in (0, 1) for channels, a sparsity in (0, 1) for prune, a count of clusters
+    for cluster, None for qat.
+    """
 
     name: str
     strength: float | None = None

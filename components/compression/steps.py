@@ -15,6 +15,7 @@ import tensorflow_model_optimization as tfmot
 import tf_keras
 
 from components.artifacts import Promise
+from components.compression import channels as shrinking
 from components.compression import cluster as clustering
 from components.compression import prune as pruning
 from components.compression import quantize as quantization
@@ -37,12 +38,14 @@ class Start:
       promises: What earlier steps did, by layer name.
       outputs: 'logits' or 'probabilities'.
       untreated: What earlier steps left alone.
+      channels: Sizes before and after channels were removed; None where none were.
     """
 
     twin: tf_keras.Model
     promises: Mapping[str, Promise]
     outputs: str
     untreated: list[dict[str, str]]
+    channels: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,7 @@ class Done:
       untreated: What this step left alone.
       validation: Loss and metric on the validation split.
       quantized: What `load` needs to rebuild the wrappers; None without qat.
+      channels: As in `Start`, of this step.
     """
 
     twin: tf_keras.Model
@@ -64,6 +68,36 @@ class Done:
     untreated: list[Untreated]
     validation: dict[str, float]
     quantized: dict[str, Any] | None = None
+    channels: dict[str, Any] | None = None
+
+
+def _channels(start: Start, step: Step, options: CompressOptions, setting: Setting) -> Done:
+    cut = _something_goes(shrinking.choose_channels(start.twin, options.channels, _strength(step)), step)
+    with setting.strategy.scope():
+        twin = shrinking.shrink(start.twin, cut)
+    facts = cut.facts(start.twin, twin)
+    for name in ("multiply_adds", "parameters"):
+        for position, value in enumerate(facts[name]):
+            setting.trace.scalar(f"channels/{name}", value, position)
+    validation = finetune(twin, setting)
+    return Done(
+        twin=twin,
+        weights=twin.get_weights(),
+        promises=[
+            kernel.promise(kernel.values, pruned=False, distinct=0, quantized=False)
+            for kernel in kernels(twin)
+            if kernel.name in cut.layers
+        ],
+        untreated=cut.untreated,
+        validation=validation,
+        channels=facts,
+    )
+
+
+def _something_goes(cut: shrinking.Cut, step: Step) -> shrinking.Cut:
+    if not cut.layers:
+        raise _nothing(step, cut.untreated)
+    return cut
 
 
 def _prune(start: Start, step: Step, options: CompressOptions, setting: Setting) -> Done:
@@ -82,9 +116,9 @@ def _prune(start: Start, step: Step, options: CompressOptions, setting: Setting)
         twin=twin,
         weights=twin.get_weights(),
         promises=[
-            kernel.promise(kernel.values, pruned=True, distinct=0, quantized=False)
+            kernel.promise(kernel.values, pruned=kernel.name in chosen.names, distinct=0, quantized=False)
             for kernel in kernels(twin)
-            if kernel.name in chosen.names
+            if kernel.name in chosen.names | set(start.promises)
         ],
         untreated=chosen.untreated,
         validation=validation,
@@ -113,7 +147,7 @@ def _cluster(start: Start, step: Step, options: CompressOptions, setting: Settin
                 quantized=False,
             )
             for kernel in kernels(twin)
-            if kernel.name in chosen.names | pruned
+            if kernel.name in chosen.names | set(start.promises)
         ],
         untreated=chosen.untreated,
         validation=validation,
@@ -124,12 +158,13 @@ def _quantize(start: Start, step: Step, options: CompressOptions, setting: Setti
     annotated = quantization.choose_quantizable(start.twin, options.qat)
     if not any(kernel.name in annotated.names for kernel in kernels(start.twin)):
         raise _nothing(step, annotated.untreated)
+    held = {name: promise for name, promise in start.promises.items() if promise.sparsity or promise.distinct}
     keep = {
         kernel.name: quantization.kept(kernel, pruned=promise.sparsity > 0, distinct=promise.distinct)
         for kernel in kernels(start.twin)
-        if (promise := start.promises.get(kernel.name)) is not None and kernel.name in annotated.names
+        if (promise := held.get(kernel.name)) is not None and kernel.name in annotated.names
     }
-    frozen = sorted(set(start.promises) - set(annotated.names))
+    frozen = sorted(set(held) - set(annotated.names))
     with setting.strategy.scope():
         set_trainable(start.twin, frozen, False)
         model = quantization.quantize(start.twin, annotated.names, keep)
@@ -172,6 +207,7 @@ def _watch_kept(model: tf_keras.Model, keep: Mapping[str, Kept]) -> dict[str, di
 
 
 STEPS: dict[str, Callable[[Start, Step, CompressOptions, Setting], Done]] = {
+    "channels": _channels,
     "prune": _prune,
     "cluster": _cluster,
     "qat": _quantize,
@@ -179,7 +215,7 @@ STEPS: dict[str, Callable[[Start, Step, CompressOptions, Setting], Done]] = {
 
 
 def _strength(step: Step) -> float:
-    assert step.strength is not None  # the grammar gives prune and cluster one
+    assert step.strength is not None  # the grammar gives every step but qat one
     return step.strength
 
 
@@ -205,6 +241,11 @@ def set_trainable(twin: tf_keras.Model, names: Iterable[str], value: bool) -> No
 # --- before the run ----------------------------------------------------------------------------------------------
 
 
+def _foresee_channels(twin: tf_keras.Model, step: Step, options: CompressOptions) -> Foreseen:
+    cut = shrinking.choose_channels(twin, options.channels, _strength(step))
+    return cut.untreated, bool(cut.layers)
+
+
 def _foresee_prune(twin: tf_keras.Model, step: Step, options: CompressOptions) -> Foreseen:
     chosen = pruning.choose_prunable(twin, options.prune, _strength(step))
     return chosen.untreated, bool(chosen.names)
@@ -221,6 +262,7 @@ def _foresee_quantize(twin: tf_keras.Model, step: Step, options: CompressOptions
 
 
 FORESEE: dict[str, Callable[[tf_keras.Model, Step, CompressOptions], Foreseen]] = {
+    "channels": _foresee_channels,
     "prune": _foresee_prune,
     "cluster": _foresee_cluster,
     "qat": _foresee_quantize,

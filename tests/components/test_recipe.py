@@ -10,7 +10,7 @@ from components.errors import ConfigError
 from components.options import CompressOptions
 from components.recipe import FORMATS, STRENGTHS, TRAINING_STEPS, parse_recipe
 
-STRENGTH = {"prune": 0.7, "cluster": 16}
+STRENGTH = {"channels": 0.5, "prune": 0.7, "cluster": 16}
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,7 @@ STRENGTH = {"prune": 0.7, "cluster": 16}
         ("prune", "prune@0.7"),
         ("prune+float32", "prune@0.7"),
         ("prune@0.85 + cluster + int8", "prune@0.85+cluster@16+int8"),
+        ("channels+prune@0.8+qat", "channels@0.5+prune@0.8+qat"),
     ],
 )
 def test_a_recipe_is_written_back_whole(text, whole):
@@ -34,6 +35,8 @@ def test_a_recipe_is_written_back_whole(text, whole):
         ("prune@0", "prune takes a sparsity above 0 and below 1, got 0; write for instance 'prune@0.8'."),
         ("cluster@2.5", "cluster takes a whole number from 2 to 256, got 2.5; write for instance 'cluster@16'."),
         ("cluster@many", "the strength after '@' must be a number, got 'many'; write 'cluster@16'."),
+        ("channels@1", "channels takes a share of the multiply-adds above 0 and below 1, got 1; write for instance"),
+        ("prune+channels", "'channels' cannot follow 'prune'; the order is channels, prune, cluster, qat, each once."),
         ("qat@8", "qat takes no strength, got '@8'; write 'qat'."),
         ("cluster+prune", "'prune' cannot follow 'cluster'; the order is"),
         ("int8+qat", "'int8' says how the file is written, so nothing may follow it; got 'qat'."),
