@@ -233,6 +233,26 @@ class LowRankOptions(FineTune):
     minimum_rank: Count = Field(1, description="No kernel comes down to a lower rank.")
 
 
+class ChannelsOptions(FineTune):
+    """Removal of whole filters and neurons (Li et al. 2017, arXiv 1608.08710)."""
+
+    epochs: Count = Field(8, description="More than other steps need: what is removed is gone at once.")
+    removed: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="Share of the multiply-adds to remove where the recipe names none."
+    )
+    importance: Literal["l2", "l1", "batch_norm"] = Field(
+        "l2",
+        description="Which channels go first: those with the smallest norm of their kernel, batch normalization folded in; "
+        "or, batch_norm, those with the smallest scale of the normalization behind (without one: by l2).",
+    )
+    minimum: Count = Field(4, description="Channels that every group keeps.")
+    multiple: Count = Field(
+        8,
+        description="Groups of at least twice as many channels keep a multiple of it: XNNPACK computes channels in tiles, "
+        "and a tile begun costs as much as a full one. 1: any number.",
+    )
+
+
 class PruneOptions(FineTune):
     """Magnitude pruning (Zhu and Gupta 2017, arXiv 1710.01878)."""
 
@@ -291,10 +311,11 @@ class CompressOptions(Options):
         ],
         min_length=1,
         description="Paths in the compression tree: steps joined by '+', strength after '@'. "
-        "Steps: lowrank[@energy], prune[@sparsity] (in patterns: @2:4, @0.9:1x4, @0.9:1x16), cluster[@clusters], qat. Last, how it is written: "
+        "Steps: channels[@share], lowrank[@energy], prune[@sparsity] (in patterns: @2:4, @0.9:1x4, @0.9:1x16), cluster[@clusters], qat. Last, how it is written: "
         "float32, float16, dynamic, int8, int16x8, int8_weights, int4_weights; behind that perhaps sparse, which leaves zeros out.",
     )
     batch_size: Count | None = Field(None, description="null: as in train.")
+    channels: ChannelsOptions = ChannelsOptions()
     lowrank: LowRankOptions = LowRankOptions()
     prune: PruneOptions = PruneOptions()
     cluster: ClusterOptions = ClusterOptions()
@@ -304,6 +325,7 @@ class CompressOptions(Options):
     def strengths(self) -> dict[str, float]:
         """By step: the strength that it has where a recipe names none."""
         return {
+            "channels": self.channels.removed,
             "lowrank": self.lowrank.energy,
             "prune": self.prune.sparsity,
             "cluster": self.cluster.clusters,

@@ -6,7 +6,8 @@
 After the way of writing may stand 'sparse': zeros are not stored (`prune@0.9:1x16+int8+sparse`).
 
 Training steps come in the order of STRENGTHS, each at most once: a later step keeps what an earlier one did, and the
-reverse is not possible (pruning after clustering would move centroids, training after QAT would lose its ranges).
+reverse is not possible (channels that go after pruning would take its zeros along, pruning after clustering would move
+centroids, training after QAT would lose its ranges).
 """
 
 from __future__ import annotations
@@ -66,6 +67,9 @@ def _sparsity(text: str) -> tuple[float, str | None]:
 
 
 STRENGTHS: dict[str, Strength | None] = {
+    "channels": Strength(
+        lambda value: 0 < value < 1, "a share of the multiply-adds above 0 and below 1", "channels@0.5"
+    ),
     "lowrank": Strength(
         lambda value: 0 < value < 1, "a share of the kernel's energy above 0 and below 1", "lowrank@0.9"
     ),

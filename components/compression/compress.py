@@ -32,7 +32,7 @@ from components.compression.steps import (
     set_trainable,
 )
 from components.compression.twin import to_twin
-from components.errors import ContractError
+from components.errors import ContractError, ModelError
 from components.options import CompressOptions
 from components.recipe import Recipe, Step
 from components.tracing import Trace
@@ -188,21 +188,26 @@ def unsupported(model: keras.Model, recipes: Iterable[Recipe], options: Compress
       options: For exclusions; None: the defaults.
 
     Returns:
-      One line a layer and step, then one a step that finds nothing to work on.
+      One line a layer and step, then one a step that finds nothing to work on or cannot be as strong as the recipe says.
 
     Raises:
       ModelError: The model has no twin at all.
       ConfigError: An option excludes an unknown layer.
     """
-    steps = {step.name if step.pattern is None else str(step): step for recipe in recipes for step in recipe.steps}
+    steps = {str(step): step for recipe in recipes for step in recipe.steps}
     if not steps:
         return []
     twin = to_twin(model)
     options = options or CompressOptions()
     lines = []
-    for name, step in steps.items():
-        untreated, works = FORESEE[step.name](twin, step, options)
+    for step in steps.values():
+        try:
+            untreated, works = FORESEE[step.name](twin, step, options)
+        except ModelError as error:
+            lines.append(str(error))
+            continue
+        name = step.name if step.pattern is None else str(step)
         lines += [f"{name} leaves layer '{each.layer}' ({each.kind}) alone: {each.reason}" for each in untreated]
         if not works:
             lines.append(f"{name} finds nothing to work on in model '{model.name}': its recipes will fail; drop them.")
-    return lines
+    return list(dict.fromkeys(lines))  # two strengths of a step mostly leave the same layers alone

@@ -15,6 +15,7 @@ import tensorflow_model_optimization as tfmot
 import tf_keras
 
 from components.artifacts import Promise
+from components.compression import channels as shrinking
 from components.compression import cluster as clustering
 from components.compression import lowrank
 from components.compression import prune as pruning
@@ -69,6 +70,31 @@ class Done:
     validation: dict[str, float]
     quantized: dict[str, Any] | None = None
     report: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _remove_channels(start: Start, step: Step, options: CompressOptions, setting: Setting) -> Done:
+    cut = shrinking.choose_channels(start.twin, options.channels, _strength(step))
+    if not cut.layers:
+        raise _nothing(step, cut.untreated)
+    with setting.strategy.scope():
+        twin = shrinking.shrink(start.twin, cut)
+    report = cut.facts(start.twin, twin)
+    for name in ("multiply_adds", "parameters"):
+        for position, value in enumerate(report[name]):
+            setting.trace.scalar(f"channels/{name}", value, position)
+    validation = finetune(twin, setting)
+    return Done(
+        twin=twin,
+        weights=twin.get_weights(),
+        promises=[
+            kernel.promise(kernel.values, pruned=False, distinct=0, quantized=False)
+            for kernel in kernels(twin)
+            if kernel.name in cut.layers
+        ],
+        untreated=cut.untreated,
+        validation=validation,
+        report=report,
+    )
 
 
 def _factorise(start: Start, step: Step, options: CompressOptions, setting: Setting) -> Done:
@@ -217,6 +243,7 @@ def _watch_kept(model: tf_keras.Model, keep: Mapping[str, Kept]) -> dict[str, di
 
 
 STEPS: dict[str, Callable[[Start, Step, CompressOptions, Setting], Done]] = {
+    "channels": _remove_channels,
     "lowrank": _factorise,
     "prune": _prune,
     "cluster": _cluster,
@@ -232,7 +259,8 @@ def all_promises(start: Start, done: Done) -> list[Promise]:
 
 def covering_factors(options: CompressOptions, reports: Mapping[str, Any]) -> CompressOptions:
     """Excludes both parts of a layer that the user excluded and an earlier step factorised."""
-    parts = {name: each["factor"] for report in reports.values() for name, each in report.items() if "factor" in each}
+    found = [report for step, report in reports.items() if step.startswith("lowrank")]
+    parts = {name: each["factor"] for report in found for name, each in report.items()}
     changed = {}
     for name in STEPS:
         section = getattr(options, name)
@@ -242,7 +270,7 @@ def covering_factors(options: CompressOptions, reports: Mapping[str, Any]) -> Co
 
 
 def _strength(step: Step) -> float:
-    assert step.strength is not None  # the grammar gives prune and cluster one
+    assert step.strength is not None  # the grammar gives every step but qat one
     return step.strength
 
 
@@ -274,6 +302,11 @@ def _foresee_lowrank(twin: tf_keras.Model, step: Step, options: CompressOptions)
     return chosen.untreated, bool(chosen.names)
 
 
+def _foresee_channels(twin: tf_keras.Model, step: Step, options: CompressOptions) -> Foreseen:
+    cut = shrinking.choose_channels(twin, options.channels, _strength(step))
+    return cut.untreated, bool(cut.layers)
+
+
 def _foresee_prune(twin: tf_keras.Model, step: Step, options: CompressOptions) -> Foreseen:
     chosen = pruning.choose_prunable(twin, options.prune, _strength(step), step.pattern)
     return chosen.untreated, bool(chosen.names)
@@ -290,6 +323,7 @@ def _foresee_quantize(twin: tf_keras.Model, step: Step, options: CompressOptions
 
 
 FORESEE: dict[str, Callable[[tf_keras.Model, Step, CompressOptions], Foreseen]] = {
+    "channels": _foresee_channels,
     "lowrank": _foresee_lowrank,
     "prune": _foresee_prune,
     "cluster": _foresee_cluster,

@@ -10,7 +10,7 @@ from components.errors import ConfigError
 from components.options import CompressOptions
 from components.recipe import FORMATS, STRENGTHS, TRAINING_STEPS, parse_recipe
 
-STRENGTH = {"lowrank": 0.9, "prune": 0.7, "cluster": 16}
+STRENGTH = {"channels": 0.5, "lowrank": 0.9, "prune": 0.7, "cluster": 16}
 FORM = "a number, a number and blocks (0.9:1x4, 0.9:1x16), or zeros:group up to 16 (2:4)"
 LOADS = "XNNPACK loads sparse int8 kernels of dense layers in blocks of 1x16 only"
 
@@ -32,6 +32,7 @@ LOADS = "XNNPACK loads sparse int8 kernels of dense layers in blocks of 1x16 onl
         ("prune@0.9:1x4+sparse", "prune@0.9:1x4+float32+sparse"),
         ("prune@0.9+float16+sparse", "prune@0.9+float16+sparse"),
         ("prune+sparse", "prune@0.7+float32+sparse"),
+        ("channels+prune@0.8+qat", "channels@0.5+prune@0.8+qat"),
     ],
 )
 def test_a_recipe_is_written_back_whole(text, whole):
@@ -76,6 +77,11 @@ def test_a_recipe_is_written_back_whole(text, whole):
             "lowrank takes a share of the kernel's energy above 0 and below 1, got 1; write for instance 'lowrank@0.9'.",
         ),
         ("prune+lowrank", "'lowrank' cannot follow 'prune'; the order is"),
+        ("channels@1", "channels takes a share of the multiply-adds above 0 and below 1, got 1; write for instance"),
+        (
+            "prune+channels",
+            "'channels' cannot follow 'prune'; the order is channels, lowrank, prune, cluster, qat, each once.",
+        ),
         ("qat@8", "qat takes no strength, got '@8'; write 'qat'."),
         ("cluster+prune", "'prune' cannot follow 'cluster'; the order is"),
         ("int8+qat", "'int8' says how the file is written, so nothing may follow it; got 'qat'."),

@@ -171,7 +171,7 @@ REFUSED = {
     "compress: {recipes: int8}": "my.yaml:4: compress.recipes must be a list of at least one, each text, got 'int8'; put it "
     "in brackets: [int8].",
     "compress:\n  recipes:\n  - int8\n  - prnue": "my.yaml:7: compress.recipes 'prnue': unknown step 'prnue'; use one of "
-    "lowrank, prune, cluster, qat, float32, float16, dynamic, int8, int16x8, int8_weights, int4_weights, strength after '@'.",
+    "channels, lowrank, prune, cluster, qat, float32, float16, dynamic, int8, int16x8, int8_weights, int4_weights, strength after '@'.",
     "preprocess:\n  splits: {test: 0.9, validation: 0.2}": "my.yaml:5: preprocess.splits: test + validation + calibration "
     "must be below 1, got 1.15; lower one of them.",
     "preprocess: {columns: {a b: {kind: nubmer}}}": "my.yaml:4: preprocess.columns.'a b'.kind must be one of auto, number, "

@@ -10,13 +10,21 @@ import tensorflow as tf
 
 from components.artifacts import Batches, CompressedModel, DataSpec, TrainedModel, write_json
 from components.compression.compress import compress
-from components.options import ClusterOptions, CompressOptions, LowRankOptions, PruneOptions, QatOptions
+from components.options import (
+    ChannelsOptions,
+    ClusterOptions,
+    CompressOptions,
+    LowRankOptions,
+    PruneOptions,
+    QatOptions,
+)
 from components.recipe import parse_recipe
 from components.tracing import Trace
 
 SPEC = DataSpec(task="classification", input_name="image", input_shape=(8, 8, 1), labels=("top", "middle", "bottom"))
 OPTIONS = CompressOptions(
     lowrank=LowRankOptions(epochs=2),
+    channels=ChannelsOptions(epochs=3, multiple=2),
     prune=PruneOptions(epochs=3, frequency=2),
     cluster=ClusterOptions(epochs=2, clusters=6),
     qat=QatOptions(epochs=2),
