@@ -201,6 +201,33 @@ class StrategyOptions(Options):
     devices: Count | None = Field(None, description="mirrored: how many; null takes all.")
 
 
+class Distillation(Options):
+    """Learns from a teacher's answers as well as from the labels (Hinton et al. 2015, arXiv 1503.02531)."""
+
+    weight: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="Share of the teacher in the loss; the labels have the rest."
+    )
+    temperature: Positive = Field(
+        2.0,
+        description="Classification: divides the logits of both; higher shows more of what the teacher deems unlikely.",
+    )
+
+
+class TrainDistillation(Distillation):
+    """A trained model guides the base training (Hinton et al. 2015, arXiv 1503.02531)."""
+
+    teacher: list[str] = Field(min_length=1, description="Keras 3 `.keras` files; the answers of several are averaged.")
+
+
+class CompressDistillation(Distillation):
+    """A trained model guides the fine-tuning of every step of the recipes (Hinton et al. 2015, arXiv 1503.02531)."""
+
+    teacher: Literal["base"] | Annotated[list[str], Field(min_length=1)] = Field(
+        "base",
+        description="base: the run's own model before compression; or Keras 3 `.keras` files, whose answers are averaged.",
+    )
+
+
 class TrainOptions(Options):
     """The base training."""
 
@@ -210,6 +237,7 @@ class TrainOptions(Options):
     early_stopping: EarlyStopping | None = None
     label_smoothing: Fraction = 0.0
     augmentation: Augmentation = Augmentation()
+    distill: TrainDistillation | None = None
 
 
 # --- compression -------------------------------------------------------------------------------------------------
@@ -315,6 +343,7 @@ class CompressOptions(Options):
         "float32, float16, dynamic, int8, int16x8, int8_weights, int4_weights; behind that perhaps sparse, which leaves zeros out.",
     )
     batch_size: Count | None = Field(None, description="null: as in train.")
+    distill: CompressDistillation | None = None
     channels: ChannelsOptions = ChannelsOptions()
     lowrank: LowRankOptions = LowRankOptions()
     prune: PruneOptions = PruneOptions()

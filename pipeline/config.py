@@ -245,7 +245,7 @@ def _override(data: dict[str, Any], origin: Origin, override: str) -> None:
 def _path_places(data: dict[str, Any]) -> Iterator[tuple[Any, Any, KeyPath]]:
     """(container, key, path) of every text that names a file or folder.
 
-    In every kind of source these are the fields that start with the split whose records they hold.
+    In every kind of source these are the fields that start with the split whose records they hold; beside it, files of models.
     """
     places: list[tuple[Any, Any, KeyPath]] = [(data, "workspace", ("workspace",))]
     if isinstance(model := data.get("model"), dict):
@@ -255,6 +255,10 @@ def _path_places(data: dict[str, Any]) -> Iterator[tuple[Any, Any, KeyPath]]:
             if isinstance(files := source[key], list):
                 places += [(files, index, ("source", key, index)) for index in range(len(files))]
             places.append((source, key, ("source", key)))
+    for section in ("train", "compress"):
+        distill = stage.get("distill") if isinstance(stage := data.get(section), dict) else None
+        if isinstance(distill, dict) and isinstance(files := distill.get("teacher"), list):
+            places += [(files, index, (section, "distill", "teacher", index)) for index in range(len(files))]
     for container, key, path in places:
         if isinstance(container, list) or key in container:
             yield container, key, path

@@ -11,10 +11,11 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 
 from components.errors import ConfigError
+from components.options import CompressDistillation, TrainDistillation
 from components.recipe import Recipe
 from pipeline.config import Config
 from pipeline.fingerprint import ContentIndex, fingerprint
-from pipeline.stages import JOURNEY, STAGES, Stage, parse_step, prefix_name
+from pipeline.stages import JOURNEY, STAGES, Stage, parse_step, prefix_name, teacher_files
 from pipeline.store import Key, Store
 
 
@@ -82,7 +83,11 @@ def make_plan(config: Config, *, until: str | None = None) -> Plan:
         check_stages([until], "--until")
     workspace = pathlib.Path(config.workspace)
     store, index = Store(workspace / "store"), ContentIndex(workspace / "content.json")
-    content = {"preprocess": _source_content(config, index), "train": _model_content(config, index)}
+    content = {
+        "preprocess": _source_content(config, index),
+        "train": _model_content(config, index) + _teacher_content(config.train.distill, index),
+        "compress": _teacher_content(config.compress.distill, index),
+    }
     index.save()
     steps: dict[str, Step] = {}
     for name, stage, recipe, takes in _layout(config):
@@ -149,6 +154,10 @@ def _source_content(config: Config, index: ContentIndex) -> tuple[str, ...]:
             paths = [value] if isinstance(value, str) else value
             found += [f"{field} {index.digest(pathlib.Path(path))}" for path in paths]
     return tuple(found)
+
+
+def _teacher_content(distill: TrainDistillation | CompressDistillation | None, index: ContentIndex) -> tuple[str, ...]:
+    return tuple(index.digest(file) for file in teacher_files(distill))
 
 
 def _model_content(config: Config, index: ContentIndex) -> tuple[str, ...]:

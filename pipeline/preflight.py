@@ -12,7 +12,7 @@ from components.errors import ConfigError, TrimlineError
 from pipeline.config import Config
 from pipeline.fingerprint import fingerprint
 from pipeline.plan import Plan, Step, recipes
-from pipeline.stages import Stage
+from pipeline.stages import Stage, teacher_files
 from pipeline.store import Key
 
 if TYPE_CHECKING:
@@ -90,7 +90,10 @@ def _key(plan: Plan) -> Key:
     spec = rough_spec(plan)
     train = next(step for step in plan.steps if step.stage.name == "train")
     stage = Stage(
-        "preflight", lambda *_: {}, cast(Any, _probe), ("components.compression.compress", "components.training.model")
+        "preflight",
+        lambda *_: {},
+        cast(Any, _probe),
+        ("components.compression.compress", "components.training.model", "components.training.teacher"),
     )
     facts = {
         "model": plan.config.model.model_dump(),
@@ -98,8 +101,9 @@ def _key(plan: Plan) -> Key:
         "recipes": list(map(str, recipes(plan.config))),
         "spec": spec.to_json() if spec else None,
         "train": train.stage.name,
+        "teachers": {section: len(files) for section, files in _teachers(plan.config).items()},
     }
-    content = plan.content.get("train", ())
+    content = (*plan.content.get("train", ()), *plan.content.get("compress", ()))
     return Key("preflight", fingerprint(stage, json.loads(json.dumps(facts)), (), content))
 
 
@@ -111,11 +115,14 @@ def _probe(plan: Plan) -> list[Finding]:
     """Builds the model untrained and asks every step of every recipe about it."""
     from components.compression.compress import unsupported
     from components.training.model import build
+    from components.training.teacher import load_teachers
 
     spec = rough_spec(plan)
     if spec is None:
         return []
     try:
+        for section, files in _teachers(plan.config).items():
+            load_teachers(files, spec, plan.config.model, where=f"{section}.distill.teacher")
         model = build(plan.config.model, spec, seed=plan.config.seed)
     except TrimlineError as error:
         return [Finding("error", str(error))]
@@ -125,6 +132,11 @@ def _probe(plan: Plan) -> list[Finding]:
         return [Finding("warning", line) for line in unsupported(model, recipes(plan.config), plan.config.compress)]
     except TrimlineError as error:
         return [Finding("warning", str(error))]
+
+
+def _teachers(config: Config) -> dict[str, list[pathlib.Path]]:
+    """By section, the files that teach."""
+    return {section: teacher_files(getattr(config, section).distill) for section in ("train", "compress")}
 
 
 def rough_spec(plan: Plan) -> DataSpec | None:

@@ -24,6 +24,7 @@ from components.artifacts import (
     read_json,
 )
 from components.machine import processor
+from components.options import CompressDistillation, TrainDistillation
 from components.recipe import Recipe, parse_recipe
 from components.tracing import Trace
 from pipeline import results
@@ -115,6 +116,32 @@ def _preprocess(call: Call) -> None:
     )
 
 
+def _teachers(call: Call, section: str) -> Callable[[], tuple[Any, ...]]:
+    """Loads whoever teaches in `train` or `compress`; asked only where the section says distill."""
+    from components.training.teacher import load_teachers
+
+    distill = getattr(call.config, section).distill
+    files = teacher_files(distill)
+    outputs = None
+    if distill is not None and not files:
+        trained = TrainedModel(call.takes["train"])
+        files, outputs = [trained.file], trained.facts["outputs"]
+    where = f"{section}.distill.teacher"
+    return functools.partial(load_teachers, files, call.data.spec, call.config.model, where=where, outputs=outputs)
+
+
+def teacher_files(distill: TrainDistillation | CompressDistillation | None) -> list[pathlib.Path]:
+    """The files that teach; none where it is the run's own model, or nobody."""
+    return [pathlib.Path(name) for name in distill.teacher] if distill and distill.teacher != "base" else []
+
+
+def _distill_facts(distill: TrainDistillation | CompressDistillation | None) -> dict[str, Any] | None:
+    """For a fingerprint: files count by their content, which the plan adds, not by their paths."""
+    if distill is None:
+        return None
+    return {**distill.model_dump(), "teacher": len(teacher_files(distill)) or "base"}
+
+
 def _train(call: Call) -> None:
     from components.training.model import build
     from components.training.train import train
@@ -129,6 +156,7 @@ def _train(call: Call) -> None:
         strategy=call.strategy,
         seed=config.seed,
         trace=call.trace,
+        teachers=_teachers(call, "train"),
     )
 
 
@@ -149,6 +177,7 @@ def _compress(call: Call) -> None:
         batch_size=config.compress.batch_size or config.train.batch_size,
         seed=config.seed,
         trace=call.trace,
+        teachers=_teachers(call, "compress"),
     )
 
 
@@ -304,12 +333,18 @@ JOURNEY = (
         "train",
         lambda config, _: {
             "model": config.model.model_dump(),
-            "train": config.train.model_dump(),
+            "train": {**config.train.model_dump(), "distill": _distill_facts(config.train.distill)},
             "strategy": config.strategy.model_dump(),
             "seed": config.seed,
         },
         _train,
-        ("components.training.train", "components.training.model", "components.data.dataset", "pipeline.strategy"),
+        (
+            "components.training.train",
+            "components.training.model",
+            "components.training.teacher",
+            "components.data.dataset",
+            "pipeline.strategy",
+        ),
         ("tensorflow", "keras", "numpy"),
         resumes=True,
     ),
@@ -321,11 +356,17 @@ JOURNEY = (
             "batch_size": config.compress.batch_size or config.train.batch_size,
             "augmentation": config.train.augmentation.model_dump(),
             "label_smoothing": config.train.label_smoothing,
+            "distill": _distill_facts(config.compress.distill),
             "strategy": config.strategy.model_dump(),
             "seed": config.seed,
         },
         _compress,
-        ("components.compression.compress", "components.data.dataset", "pipeline.strategy"),
+        (
+            "components.compression.compress",
+            "components.training.teacher",
+            "components.data.dataset",
+            "pipeline.strategy",
+        ),
         ("tensorflow", "keras", "tf-keras", "tensorflow-model-optimization", "numpy"),
         resumes=True,
     ),

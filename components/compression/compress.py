@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import keras
@@ -32,6 +32,7 @@ from components.compression.steps import (
     set_trainable,
 )
 from components.compression.twin import to_twin
+from components.distillation import Teacher, make_lesson
 from components.errors import ContractError, ModelError
 from components.options import CompressOptions
 from components.recipe import Recipe, Step
@@ -51,6 +52,7 @@ def compress(
     batch_size: int,
     seed: int,
     trace: Trace,
+    teachers: Callable[[], tuple[Teacher, ...]] = tuple,
 ) -> CompressedModel:
     """Carries out one training step of a recipe.
 
@@ -66,6 +68,7 @@ def compress(
       batch_size: Global, over all replicas.
       seed: Fixes everything that is drawn.
       trace: Hears progress, losses, sparsity and distinct weights per layer.
+      teachers: Loads those that `options.distill` names; called under the strategy.
 
     Returns:
       The finished artifact; its face is written last.
@@ -76,19 +79,22 @@ def compress(
       ContractError: An artifact that is read is damaged.
     """
     tf_keras.utils.set_random_seed(seed)
+    outputs = (prefix or base).facts["outputs"]
+    with strategy.scope():
+        start = _start(base, prefix)
+        lesson = make_lesson(options.distill, teachers, batches.spec.task, outputs)
     setting = Setting(
         step=str(step),
         options=getattr(options, step.name),
         batches=batches,
         batch_size=batch_size,
-        outputs=(prefix or base).facts["outputs"],
+        outputs=outputs,
         seed=seed,
         folder=folder,
         strategy=strategy,
         trace=trace,
+        lesson=lesson,
     )
-    with strategy.scope():
-        start = _start(base, prefix)
     done = STEPS[step.name](start, step, covering_factors(options, start.reports), setting)
     for each in done.untreated:
         trace.text("untreated", f"`{each.layer}` ({each.kind}): {each.reason}")

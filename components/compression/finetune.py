@@ -18,6 +18,7 @@ import tensorflow as tf
 import tf_keras
 
 from components.artifacts import Batches
+from components.distillation import Lesson
 from components.errors import ConfigError, ModelError
 from components.options import FineTune
 from components.tracing import Trace
@@ -40,6 +41,7 @@ class Setting:
       folder: Where checkpoints go; they are removed at the end.
       strategy: The one that the model was built under.
       trace: Hears progress, losses and what `watch` sees.
+      lesson: What a teacher adds to the loss; None: labels alone.
     """
 
     step: str
@@ -51,6 +53,7 @@ class Setting:
     folder: pathlib.Path
     strategy: tf.distribute.Strategy
     trace: Trace
+    lesson: Lesson | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -93,12 +96,14 @@ def finetune(
       watch: Called a few times an epoch; {group: {layer: value}} becomes TensorBoard scalars 'group/layer' by update.
 
     Returns:
-      Loss and metric on the validation split after the last epoch, {} where it is empty.
+      Loss and metric on the validation split after the last epoch, {} where it is empty. Losses are told against the
+      labels, with a teacher too.
 
     Raises:
       ModelError: The loss is not finite.
     """
     with setting.strategy.scope():
+        model = model if setting.lesson is None else _taught(model, setting.lesson)
         optimizer = tf_keras.optimizers.Adam(setting.learning_rate)
         optimizer.build(model.trainable_variables)
         model.compile(optimizer, _loss(setting), [_metric(setting)], jit_compile=False)
@@ -147,6 +152,32 @@ def _metric(setting: Setting) -> Any:
     if setting.batches.spec.task == "regression":
         return tf_keras.metrics.RootMeanSquaredError(name="rmse")
     return tf_keras.metrics.SparseCategoricalAccuracy(name="accuracy")
+
+
+class _Taught(tf_keras.Model):
+    """A functional model around the layers of another, trained with the answers of a teacher."""
+
+    lesson: Lesson
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        """One update; see tf_keras."""
+        x, y = data
+        answers = self.lesson.answers(x)
+        # tf_keras gives each replica its share of the global mean, and adds penalties on weights to it.
+        share = 1 / tf.distribute.get_strategy().num_replicas_in_sync
+        with tf.GradientTape() as tape:
+            given = self(x, training=True)
+            labels = self.compute_loss(x, y, given, None)
+            distance = tf.reduce_mean(self.lesson.distance(answers, given)) + sum(self.losses)
+            loss = self.lesson.mixed(labels, share * distance)
+        self.optimizer.minimize(loss, self.trainable_variables, tape=tape)
+        return self.compute_metrics(x, y, given, None)
+
+
+def _taught(model: tf_keras.Model, lesson: Lesson) -> tf_keras.Model:
+    made = _Taught(model.inputs, model.outputs, name=model.name)
+    made.lesson = lesson
+    return made
 
 
 class _Voice(tf_keras.callbacks.Callback):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 STEPS = {
+    "channels": "removal of channels that took {} of the multiply-adds",
     "lowrank": "low-rank factorisation that keeps {} of the energy of each kernel",
     "prune": "magnitude pruning to {}",
     "cluster": "weight clustering, {} distinct weights a layer",

@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from components.artifacts import Task
+from components.distillation import Lesson
 
 Tensor = Any  # tf.Tensor; TensorFlow ships no usable types
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -77,6 +78,7 @@ class Loop:
       loss: See `make_loss`.
       task: Chooses the metric.
       strategy: Each of its replicas takes an equal share of every training batch.
+      lesson: What a teacher adds to the loss in training; the sums are those of `loss` alone.
     """
 
     def __init__(
@@ -86,12 +88,14 @@ class Loop:
         loss: LossFunction,
         task: Task,
         strategy: tf.distribute.Strategy,
+        lesson: Lesson | None = None,
     ) -> None:
         self._model = model
         self._optimizer = optimizer
         self._loss = loss
         self._task: Task = task
         self._strategy = strategy
+        self._lesson = lesson
         self._advance = tf.function(self._advance_steps, jit_compile=False)
         self._evaluate = tf.function(self._evaluate_batches, jit_compile=False)
 
@@ -126,12 +130,16 @@ class Loop:
     @tf.autograph.experimental.do_not_convert
     def _train_step(self, x: Tensor, y: Tensor) -> Tensor:
         variables = self._model.trainable_variables
+        answers = None if self._lesson is None else self._lesson.answers(x)
         with tf.GradientTape() as tape:
             given = self._model(x, training=True)
             each = self._loss(y, given)
             extra = tf.add_n([tf.cast(loss, each.dtype) for loss in self._model.losses] or [tf.zeros((), each.dtype)])
+            guided = each
+            if self._lesson is not None:
+                guided = self._lesson.mixed(each, self._lesson.distance(answers, given))
             # Replicas' gradients are summed, so each counts for its share of the global mean.
-            share = (tf.reduce_mean(each) + extra) / self._strategy.num_replicas_in_sync
+            share = (tf.reduce_mean(guided) + extra) / self._strategy.num_replicas_in_sync
         self._optimizer.apply(tape.gradient(share, variables), variables)
         return self._sums(y, given, each + extra)
 

@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from components.artifacts import Batches, TrainedModel, write_json
+from components.distillation import Teacher, make_lesson
 from components.errors import ConfigError, DataError, ModelError
 from components.options import ModelOptions, TrainOptions
 from components.tracing import Trace
@@ -45,6 +46,7 @@ def train(
     strategy: tf.distribute.Strategy,
     seed: int,
     trace: Trace,
+    teachers: Callable[[], tuple[Teacher, ...]] = tuple,
 ) -> TrainedModel:
     """Trains and writes `model.keras`, `history.json` and, last, `trained.json`.
 
@@ -57,6 +59,7 @@ def train(
       strategy: See `pipeline.strategy`.
       seed: Fixes the order of the examples.
       trace: Progress counts epochs; steps of the scalars are epochs, 1 is the first.
+      teachers: Loads those that `options.distill` names; called under the strategy's scope.
 
     Returns:
       The folder's artifact. Its facts: outputs, parameters, epochs, best_epoch (whose weights these are; 1 is the
@@ -76,9 +79,10 @@ def train(
                 f"model '{model.name}' has no trainable weights; set layer.trainable = True on some layer."
             )
         optimizer.build(model.trainable_variables)
-    outputs = outputs_of(model, model_options)
+        outputs = outputs_of(model, model_options)
+        lesson = make_lesson(options.distill, teachers, batches.spec.task, outputs)
     loss = make_loss(batches.spec.task, outputs, options.label_smoothing)
-    loop = Loop(model, optimizer, loss, batches.spec.task, strategy)
+    loop = Loop(model, optimizer, loss, batches.spec.task, strategy, lesson)
     run = _Run(options, model, optimizer, loop, batches, folder, steps, seed, trace)
     run.resume()
     _trace_graph(trace, model)

@@ -288,6 +288,11 @@ def test_a_file_that_is_not_there_is_named_with_the_line_that_names_it(here):
     assert said == (
         f"my.yaml:3: model.file must be a file that exists, got '{here}/m.keras'; correct the path. (and 1 more)"
     )
+    distill = "train:\n  distill:\n    teacher: [rows.csv, u.keras]\ncompress: {distill: {teacher: [t.keras]}}\n"
+    said = refusal(BASE + distill)
+    assert said == (
+        f"my.yaml:6: train.distill.teacher[1] must be a file that exists, got '{here}/u.keras'; correct the path. (and 1 more)"
+    )
     said = refusal("name: mine\nsource: {kind: images, train: rows.csv}\nmodel: {name: cnn}\n")
     assert said == f"my.yaml:2: source.train must be a folder that exists, got '{here}/rows.csv'; correct the path."
 

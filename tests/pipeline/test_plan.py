@@ -108,6 +108,25 @@ def test_the_users_own_builder_counts(tmp_path):
     assert key("def build(): return 1") != key("def build(): return 22")
 
 
+def test_a_teacher_counts_by_content_and_not_by_path(tmp_path):
+    for name, text in (("a", "1"), ("b", "1"), ("c", "2")):
+        (tmp_path / f"{name}.keras").write_text(text)
+
+    def key(section, name, **more):
+        distill = {"teacher": [str(tmp_path / f"{name}.keras")], **more}
+        made = keys(tmp_path, **{f"{section}__distill": distill})
+        return made["train"], made["compress prune@0.5"]
+
+    for section in ("train", "compress"):
+        assert key(section, "a") == key(section, "b")
+        assert key(section, "a")[1] != key(section, "c")[1]
+        assert key(section, "a")[1] != key(section, "a", weight=0.3)[1]
+        assert key(section, "a")[1] != keys(tmp_path)["compress prune@0.5"]
+    assert key("compress", "a")[0] == key("compress", "c")[0], "the base training has nothing to do with it"
+    own = keys(tmp_path, compress__distill={"teacher": "base"})
+    assert own["compress prune@0.5"] not in (key("compress", "a")[1], keys(tmp_path)["compress prune@0.5"])
+
+
 def test_until_ends_the_plan_after_that_stage(tmp_path):
     assert make_plan(config(tmp_path), until="train").steps[-1].name == "train"
 

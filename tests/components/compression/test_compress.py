@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -14,9 +15,17 @@ from components.compression.compress import compress, load, unsupported
 from components.delivery.export import export
 from components.delivery.proof import check, match, read_proof
 from components.errors import ConfigError, ContractError, ModelError
-from components.options import CompressOptions, ExportOptions, PruneOptions, QatOptions
+from components.options import (
+    CompressDistillation,
+    CompressOptions,
+    ExportOptions,
+    ModelOptions,
+    PruneOptions,
+    QatOptions,
+)
 from components.recipe import parse_recipe
 from components.tracing import Trace
+from components.training.teacher import load_teachers
 
 from .conftest import OPTIONS, SPEC, carry_out, draw, small_model, trained
 
@@ -165,6 +174,20 @@ def test_it_runs_on_two_devices_with_the_result_of_one(two_devices, base, batche
     for ours, theirs in zip(made.promises, one.promises, strict=True):
         assert dataclasses.replace(ours, sparsity=0) == dataclasses.replace(theirs, sparsity=0)
         assert ours.sparsity == pytest.approx(theirs.sparsity, abs=0.01)
+
+
+def test_every_step_learns_from_the_teacher_on_one_device_as_on_two(two_devices, base, batches, compressed, tmp_path):
+    options = OPTIONS.model_copy(update={"distill": CompressDistillation(weight=0.9, temperature=2.0)})
+    like = ModelOptions(file=str(base.file))
+    teachers = functools.partial(load_teachers, [base.file], SPEC, like, where="compress.distill.teacher")
+    mirrored = tf.distribute.MirroredStrategy(two_devices)
+    one, two = {}, {}
+    for done, more in ((one, {}), (two, {"strategy": mirrored})):
+        folder = tmp_path / ("two" if more else "one")
+        carry_out("prune+qat", folder, base, batches, done, options=options, teachers=teachers, **more)
+    for recipe, made in one.items():
+        assert made.facts["validation"] != compressed(recipe).facts["validation"], f"{recipe} did not hear the teacher"
+        assert made.facts["validation"]["loss"] == pytest.approx(two[recipe].facts["validation"]["loss"], abs=0.05)
 
 
 @pytest.mark.parametrize("recipe", ["cluster", "cluster+qat"])

@@ -10,12 +10,13 @@ import tensorflow as tf
 import tf_keras
 
 from components.artifacts import DataSpec
-from components.compression.finetune import Setting, evaluate, finetune
+from components.compression.finetune import Setting, _taught, evaluate, finetune
+from components.distillation import Lesson, Teacher
 from components.errors import ConfigError, ModelError
 from components.options import FineTune
 from components.tracing import Trace
 
-from .conftest import batches_of, small_batches
+from .conftest import SPEC, batches_of, draw, small_batches
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
@@ -87,6 +88,83 @@ def test_an_interrupted_training_goes_on_to_the_same_weights_dropout_included(tm
     finetune(resumed, setting(tmp_path / "b", trace=Trace(on_progress=lambda done, *_: epochs.append(done))))
     assert min(epochs) > 2, "epochs that were done have been done again"
     assert all(np.array_equal(a, b) for a, b in zip(undisturbed.get_weights(), resumed.get_weights(), strict=True))
+
+
+# --- with a teacher ----------------------------------------------------------------------------------------------
+
+
+def lesson(**changes) -> Lesson:
+    """A teacher that knows the rule: the brightest of three rows."""
+
+    def answer(pictures: tf.Tensor) -> tf.Tensor:
+        return 3 * (tf.reduce_sum(pictures[:, 1:6:2, :, 0], -1) - 3.0)
+
+    made = Lesson(
+        teachers=(Teacher(answer=answer, outputs="logits"),),
+        weight=0.8,
+        temperature=2.0,
+        task="classification",
+        outputs="logits",
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def test_a_good_teacher_makes_up_for_few_and_partly_wrong_labels(tmp_path):
+    x, y = draw(32, 0)
+    y[::4] = (y[::4] + 1) % 3
+    few = batches_of(SPEC, train=(x, y), validation=draw(300, 1))
+    made = setting(tmp_path, batches=few, batch_size=16, options=FineTune(epochs=30, learning_rate=0.01))
+    alone = finetune(network(), dataclasses.replace(made, folder=tmp_path / "alone"))
+    taught = finetune(network(), dataclasses.replace(made, folder=tmp_path / "taught", lesson=lesson()))
+    assert taught["accuracy"] > alone["accuracy"] + 0.05, (taught, alone)
+
+
+def test_one_update_is_that_of_the_mixed_loss_with_penalties_whole(tmp_path):
+    """SGD at rate 1: the weights move by the gradient, which TensorFlow takes of the formula written out."""
+    x, y = (tf.constant(part) for part in draw(8, 0))
+    image = tf_keras.layers.Input((8, 8, 1))
+    dense = tf_keras.layers.Dense(3, kernel_regularizer=tf_keras.regularizers.L2(0.1))
+    model = tf_keras.Model(image, dense(tf_keras.layers.Flatten()(image)))
+    kernel, bias = (tf.constant(each) for each in model.get_weights())
+    with tf.GradientTape() as tape:
+        tape.watch(kernel)
+        logits = tf.reshape(x, (8, 64)) @ kernel + bias
+        p, log_q = tf.nn.softmax(lesson().teachers[0].answer(x) / 2.0), tf.nn.log_softmax(logits / 2.0)
+        labels = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits))
+        apart = 4.0 * tf.reduce_mean(tf.reduce_sum(p * (tf.math.log(p) - log_q), -1))
+        penalty = 0.1 * tf.reduce_sum(kernel**2)
+        loss = 0.2 * labels + 0.8 * apart + penalty
+    taught = _taught(model, lesson())
+    loss_of = tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    taught.compile(tf_keras.optimizers.SGD(1.0), loss_of, ["accuracy"])
+    told = taught.train_on_batch(x, y, return_dict=True)
+    np.testing.assert_allclose(model.get_weights()[0], kernel - tape.gradient(loss, kernel), atol=1e-6)
+    assert told["loss"] == pytest.approx(float(labels + penalty), rel=1e-5)
+
+
+def test_a_taught_training_goes_on_to_the_same_weights(tmp_path):
+    undisturbed, untaught = network(), network()
+    finetune(undisturbed, setting(tmp_path / "a", lesson=lesson()))
+    with pytest.raises(KeyboardInterrupt):
+        finetune(network(), setting(tmp_path / "b", lesson=lesson()), callbacks=[_StopAt()])
+    resumed = network()
+    finetune(resumed, setting(tmp_path / "b", lesson=lesson()))
+    assert all(np.array_equal(a, b) for a, b in zip(undisturbed.get_weights(), resumed.get_weights(), strict=True))
+    finetune(untaught, setting(tmp_path / "c"))
+    assert not np.array_equal(undisturbed.get_weights()[0], untaught.get_weights()[0])
+
+
+def test_regression_learns_from_a_teacher(tmp_path):
+    """Labels are noise; the teacher is right, and all the weight is its own."""
+    x = np.random.default_rng(0).random((128, 1)).astype(np.float32)
+    spec = DataSpec(task="regression", input_name="features", input_shape=(1,))
+    batches = batches_of(spec, train=(x, 0 * x), validation=(x, 2 * x + 1))
+    teacher = Teacher(answer=lambda rows: 2 * rows + 1, outputs="logits")
+    rows = tf_keras.layers.Input((1,))
+    model = tf_keras.Model(rows, tf_keras.layers.Dense(1)(rows))
+    right = lesson(teachers=(teacher,), weight=1.0, task="regression")
+    options = FineTune(epochs=40, learning_rate=0.1)
+    assert finetune(model, setting(tmp_path, batches=batches, options=options, lesson=right))["rmse"] < 0.1
 
 
 def test_damaged_checkpoints_are_said_and_training_starts_over(tmp_path):

@@ -1,0 +1,27 @@
+"""What `plan` says of a configuration before the first second of work."""
+
+import keras
+
+from pipeline.config import from_dict
+from pipeline.plan import make_plan
+from pipeline.preflight import check
+
+
+def test_a_teacher_that_does_not_fit_the_data_is_told_before_the_run(tmp_path):
+    image = keras.Input((8, 8, 1))
+    keras.Model(image, keras.layers.Dense(3)(keras.layers.Flatten()(image))).save(tmp_path / "wrong.keras")
+    for section in ("train", "compress"):
+        value = {
+            "name": "t",
+            "source": {"kind": "digits"},
+            "model": {"name": "cnn"},
+            "workspace": str(tmp_path),
+            "compress": {"recipes": ["int8"]},
+        }
+        value[section] = {**value.get(section, {}), "distill": {"teacher": [str(tmp_path / "wrong.keras")]}}
+        (finding,) = check(make_plan(from_dict(value)))
+        assert (finding.level, finding.text) == (
+            "error",
+            f"{section}.distill.teacher: teacher wrong.keras must take (8, 8, 1) and return (10,) as the data have it, "
+            "got [(8, 8, 1), (3,)]; name one that was trained on data of this shape.",
+        )

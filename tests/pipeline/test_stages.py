@@ -1,0 +1,42 @@
+"""What the table hands to the stages beside their artifacts."""
+
+import keras
+import numpy as np
+
+from components.artifacts import write_json
+from components.tracing import Trace
+from pipeline.config import from_dict
+from pipeline.stages import Call, _teachers
+
+SPEC = {"task": "classification", "input_name": "features", "input_shape": [4], "labels": ["a", "b"]}
+
+
+def saved(folder, seed: int):
+    folder.mkdir(exist_ok=True)
+    keras.utils.set_random_seed(seed)
+    rows = keras.Input((4,))
+    model = keras.Model(rows, keras.layers.Dense(2)(rows))
+    model.save(folder / "model.keras")
+    return model
+
+
+def call(tmp_path, **distill) -> Call:
+    value = {"name": "t", "source": {"kind": "digits"}, "model": {"name": "mlp"}}
+    value["compress"] = {"distill": distill}
+    write_json(tmp_path / "manifest.json", {"spec": SPEC})
+    write_json(tmp_path / "train" / "trained.json", {"outputs": "probabilities"})
+    takes = {"preprocess": tmp_path, "train": tmp_path / "train"}
+    return Call("compress qat", from_dict(value), tmp_path, takes, None, {}, {}, Trace())
+
+
+def test_the_base_teaches_with_the_outputs_that_it_was_trained_with_and_files_with_their_own(tmp_path):
+    base, other = saved(tmp_path / "train", 1), saved(tmp_path / "other", 2)
+    x = np.ones((3, 4), np.float32)
+    (teacher,) = _teachers(call(tmp_path), "compress")()
+    assert teacher.outputs == "probabilities"
+    np.testing.assert_array_equal(teacher.answer(x), base(x))
+    files = [str(tmp_path / name / "model.keras") for name in ("other", "train")]
+    first, second = _teachers(call(tmp_path, teacher=files), "compress")()
+    assert (first.outputs, second.outputs) == ("logits", "logits")
+    np.testing.assert_array_equal(first.answer(x), other(x))
+    np.testing.assert_array_equal(second.answer(x), base(x))
