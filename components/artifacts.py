@@ -217,6 +217,11 @@ class TFLiteFile:
         """The flatbuffer."""
         return self.folder / "model.tflite"
 
+    @property
+    def calibration(self) -> pathlib.Path:
+        """What calibration found, JSON; absent where the format has no ranges."""
+        return self.folder / "calibration.json"
+
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
         """{"recipe", "format", "outputs", "sha256", "bytes", "promises": [...], "untreated": [...]}."""

@@ -293,7 +293,7 @@ class ExportOptions(Options):
     """Keras to TFLite."""
 
     calibration_examples: Count | None = Field(
-        None, description="int8 and int16x8 only; null: the whole calibration split, 512 at most."
+        None, description="int8 and int16x8 only; null: until ranges settle, 512 at most."
     )
     io: Literal["float32", "int8", "uint8", "int16"] = Field(
         "float32",
