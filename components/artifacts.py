@@ -191,6 +191,7 @@ class Promise:
       sparsity: Fraction of exact zeros in the kernel; 0 where not pruned.
       distinct: Most distinct values that one output channel may hold; 0 where not clustered.
       quantized: True where quantization-aware training covered the layer: the file must hold int8.
+      precision: What the layer computes in where that is not for the format to say: 'float32' or 'int16'; else ''.
     """
 
     layer: str
@@ -199,6 +200,7 @@ class Promise:
     sparsity: float = 0.0
     distinct: int = 0
     quantized: bool = False
+    precision: str = ""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Promise:

@@ -24,22 +24,19 @@ import numpy as np
 import tensorflow as tf
 
 from components.artifacts import DataSpec, Promise, TFLiteFile, sha256, write_json
-from components.delivery.activations import Activations
 from components.delivery.calibration import (
-    CALIBRATION_LIMIT,
     CLIPPED,
     Rows,
     calibration_table,
     check_rows,
-    coverage,
     order,
-    settle,
     worst_clipped,
 )
 from components.delivery.edge_quantizer import weights_only
 from components.delivery.formats import WEIGHT_BITS, weight_dtype
+from components.delivery.integers import in_integers
 from components.delivery.owners import layer_classes, operations
-from components.delivery.proof import KERNELS, read_proof
+from components.delivery.proof import KERNELS, OPERATORS_OF_KIND, read_proof
 from components.errors import ConfigError, ModelError
 from components.options import ExportOptions
 from components.recipe import FORMATS, IO
@@ -82,7 +79,7 @@ def export(
       model: Built Keras model of one input (batch, *spec.input_shape) float32; called with `training=False`.
       spec: Names the input and fixes its shape; the file takes one example.
       outputs: Name of a classifier's output in the file; regression calls it 'value'.
-      options: Calibration budget, and the dtype of input and output of an integer file.
+      options: Calibration budget, dtype of input and output of an integer file, and layers in another precision.
       calibration: float32 (n, *spec.input_shape) as the model is fed; read for 'int8' and 'int16x8' only.
       folder: Exists; an earlier attempt is overwritten. Integer formats leave `calibration.json` there too: how many rows
         were taken, and by tensor what its range covers and clips.
@@ -99,7 +96,8 @@ def export(
       The written file. Equal arguments give equal bytes.
 
     Raises:
-      ConfigError: Unknown format, an `io` that it does not have, or a calibration budget above what the data holds.
+      ConfigError: Unknown format, an `io` that it does not have, a layer that is not there, or a calibration budget above
+        what the data holds.
       ContractError: Calibration examples are absent, of another shape, or not finite.
       ModelError: An operator has no built-in kernel, or the model returns another shape or dtype than `spec` says.
 
@@ -130,10 +128,12 @@ def export(
     if format in IO:
         inputs = check_rows(calibration, spec, options, format)
         rows = Rows(inputs, order(len(inputs), labels, spec, seed), held_out)
-        content, found = _in_integers(convert, format, rows, options, model, trained=_is_trained_for_int8(function))
-        file.file.write_bytes(content)
-        write_json(file.calibration, found)
-        _tell(found, recipe, trace)
+        trained, classes = _is_trained_for_int8(function), layer_classes(model)
+        made = in_integers(convert, format, rows, options, classes, promises, untreated, trained=trained)
+        promises, untreated = made.promises, made.untreated
+        file.file.write_bytes(made.content)
+        write_json(file.calibration, made.calibration)
+        _tell(made.calibration, recipe, trace)
     else:
         file.file.write_bytes(convert(format))
     if format in WEIGHT_BITS:
@@ -187,26 +187,6 @@ def _is_trained_for_int8(function: Any) -> bool:
     graph = function.graph.as_graph_def()
     nodes = itertools.chain(graph.node, *(inner.node_def for inner in graph.library.function))
     return any(node.op.startswith("FakeQuant") for node in nodes)
-
-
-def _in_integers(
-    convert: Callable[..., bytes], format: str, rows: Rows, options: ExportOptions, model: Any, *, trained: bool
-) -> tuple[bytes, dict[str, Any]]:
-    """The file, and what `calibration.json` says of its ranges."""
-    if trained:
-        taken = np.sort(rows.order[: options.calibration_examples or CALIBRATION_LIMIT])
-        return convert(format, rows.inputs[taken]), {"ranges": "trained", "rows": len(taken)}
-    layers = list(layer_classes(model))
-    float_file = Activations(convert("float32"), layers)
-    found = settle(float_file, rows, options.calibration_examples)
-    content = convert(format, rows.inputs[found.rows])
-    return content, {
-        "ranges": "calibrated",
-        "rows": len(found.rows),
-        "steps": list(found.steps),
-        "settled": found.settled,
-        "tensors": coverage(Activations(content, layers), float_file, found, rows),
-    }
 
 
 def _tell(found: dict[str, Any], recipe: str, trace: Trace) -> None:
@@ -295,8 +275,10 @@ def _write_face(
     trace: Trace,
 ) -> None:
     proof = read_proof(file.file)
-    if format in IO and proof.float_operators:
-        names = ", ".join(proof.float_operators)
+    asked_for = {operator for promise in promises if promise.precision for operator in OPERATORS_OF_KIND[promise.kind]}
+    stayed = [name for name in proof.float_operators if name not in asked_for]
+    if format in IO and stayed:
+        names = ", ".join(stayed)
         trace.warn(
             f"{recipe}: operators without an {format} kernel run in float inside the file, expect it to be slower: {names}."
         )

@@ -98,7 +98,15 @@ def test_the_face_says_what_was_written(model, pictures, tmp_path):
         "sha256": hashlib.sha256(content).hexdigest(),
         "bytes": len(content),
         "promises": [
-            {"layer": "head", "kind": "dense", "shape": [3, 16], "sparsity": 0.0, "distinct": 0, "quantized": False}
+            {
+                "layer": "head",
+                "kind": "dense",
+                "shape": [3, 16],
+                "sparsity": 0.0,
+                "distinct": 0,
+                "quantized": False,
+                "precision": "",
+            }
         ],
         "untreated": untreated,
     }
