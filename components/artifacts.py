@@ -194,6 +194,7 @@ class Promise:
       quantized: True where quantization-aware training covered the layer: the file must hold int8.
       pattern: Where the zeros lie along the last axis: 'm:n', m zeros at least in each n; '1x4' or '1x16', whole blocks; ''
         anywhere.
+      precision: What the layer computes in where that is not for the format to say: 'float32' or 'int16'; else ''.
     """
 
     layer: str
@@ -203,6 +204,7 @@ class Promise:
     distinct: int = 0
     quantized: bool = False
     pattern: str = ""
+    precision: str = ""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Promise:
@@ -220,6 +222,11 @@ class TFLiteFile:
     def file(self) -> pathlib.Path:
         """The flatbuffer."""
         return self.folder / "model.tflite"
+
+    @property
+    def calibration(self) -> pathlib.Path:
+        """What calibration found, JSON; absent where the format has no ranges."""
+        return self.folder / "calibration.json"
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Unknown keys are refused, defaults are right for a small model on a laptop, and 
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 import pydantic
@@ -15,6 +16,17 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Pixels = Literal["zero_to_one", "minus_one_to_one", "zero_to_255"]
+
+
+def _regular(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"must be a regular expression, got '{pattern}': {error}; correct it") from None
+    return pattern
+
+
+Pattern = Annotated[str, pydantic.AfterValidator(_regular)]
 
 
 class Options(pydantic.BaseModel):
@@ -368,11 +380,18 @@ class ExportOptions(Options):
     """Keras to TFLite."""
 
     calibration_examples: Count | None = Field(
-        None, description="int8 and int16x8 only; null: the whole calibration split, 512 at most."
+        None, description="int8 and int16x8 only; null: until ranges settle, 512 at most."
     )
     io: Literal["float32", "int8", "uint8", "int16"] = Field(
         "float32",
         description="Input and output dtype of integer files: float32, int8 or uint8 for int8, float32 or int16 for int16x8.",
+    )
+    keep_float: list[Pattern] = Field(
+        [],
+        description="Layers that stay float32 inside an integer file: names, or regular expressions for whole names.",
+    )
+    int16: list[Pattern] = Field(
+        [], description="Layers with int16 activations inside an int8 file, likewise; keep_float goes before."
     )
 
 

@@ -454,6 +454,11 @@ def _impossible(recipe: Recipe, config: Config) -> Iterator[str]:
             f"{recipe.format} must have calibration rows to find its ranges, got preprocess.splits.calibration=0; give it a "
             "share, for instance 0.05."
         )
+    if "qat" in names and (named := config.export.keep_float + config.export.int16):
+        yield (
+            "a recipe with qat must be without export.keep_float and export.int16, since it trains the precision of every "
+            f"layer, got {', '.join(named)}; name them in compress.qat.exclude, or leave the recipe out."
+        )
     if config.export.io not in IO.get(recipe.format, (config.export.io,)):
         yield (
             f"the input and output of an {recipe.format} file must be {' or '.join(IO[recipe.format])}, got "

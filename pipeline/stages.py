@@ -183,11 +183,12 @@ def _compress(call: Call) -> None:
 
 def _export(call: Call) -> None:
     from components.data.dataset import read
+    from components.delivery.calibration import CALIBRATION_LIMIT
     from components.delivery.export import export
 
     recipe = _recipe(call)
     model, facts, promises = _model_to_export(call, recipe)
-    calibration, _ = read(call.data, "calibration")
+    calibration, labels = read(call.data, "calibration")
     export(
         str(recipe),
         recipe.format,
@@ -197,6 +198,8 @@ def _export(call: Call) -> None:
         call.config.export,
         calibration,
         call.folder,
+        labels=labels,
+        held_out=read(call.data, "validation", CALIBRATION_LIMIT)[0],
         promises=promises,
         untreated=facts.get("untreated", []),
         sparse=recipe.sparse,

@@ -13,6 +13,7 @@ The door into the converter is a concrete function of one example with named inp
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pathlib
 import re
 import warnings
@@ -23,16 +24,24 @@ import numpy as np
 import tensorflow as tf
 
 from components.artifacts import DataSpec, Promise, TFLiteFile, sha256, write_json
+from components.delivery.calibration import (
+    CLIPPED,
+    Rows,
+    calibration_table,
+    check_rows,
+    order,
+    worst_clipped,
+)
 from components.delivery.edge_quantizer import weights_only
 from components.delivery.formats import WEIGHT_BITS, weight_dtype
+from components.delivery.integers import in_integers
 from components.delivery.owners import layer_classes, operations
-from components.delivery.proof import KERNELS, Proof, read_proof
-from components.errors import ConfigError, ContractError, ModelError
+from components.delivery.proof import KERNELS, OPERATORS_OF_KIND, Proof, read_proof
+from components.errors import ConfigError, ModelError
 from components.options import ExportOptions
 from components.recipe import FORMATS, IO
 from components.tracing import Trace
 
-CALIBRATION_LIMIT = 512  # ranges of the models in docs/results.md no longer move beyond some 200 examples
 OPERATORS = {
     "int8": [tf.lite.OpsSet.TFLITE_BUILTINS_INT8],
     # The second lets operators without a 16-bit kernel stay in float, as those without an 8-bit one do.
@@ -53,6 +62,8 @@ def export(
     calibration: np.ndarray | None,
     folder: pathlib.Path,
     *,
+    labels: np.ndarray | None = None,
+    held_out: np.ndarray | None = None,
     promises: Sequence[Promise] = (),
     untreated: Sequence[dict[str, Any]] = (),
     sparse: bool = False,
@@ -69,20 +80,27 @@ def export(
       model: Built Keras model of one input (batch, *spec.input_shape) float32; called with `training=False`.
       spec: Names the input and fixes its shape; the file takes one example.
       outputs: Name of a classifier's output in the file; regression calls it 'value'.
-      options: Calibration budget, and the dtype of input and output of an integer file.
+      options: Calibration budget, dtype of input and output of an integer file, and layers in another precision.
       calibration: float32 (n, *spec.input_shape) as the model is fed; read for 'int8' and 'int16x8' only.
-      folder: Exists; an earlier attempt is overwritten.
+      folder: Exists; an earlier attempt is overwritten. Integer formats leave `calibration.json` there too: how many rows
+        were taken, and by tensor what its range covers and clips.
+      labels: Of `calibration`, int32 (n,) or float32 (n,) or (n, 1): rows are drawn in equal shares of each class, or of
+        each tenth of the values. None draws them all alike.
+      held_out: float32 (m, *spec.input_shape) that took no part, to tell what the ranges clip; None leaves that out.
       promises: What the compression steps did; carried along for `measure` to check.
+      untreated: Layers that a compression step left alone, with reasons; carried along, kernels that the format has no
+        type for are added.
       sparse: Zeros are not stored (`components.recipe` says where that works). Left to the converter: it does so for every
         kernel with enough of them.
-      seed: Draws the calibration examples where there are more than the budget.
+      seed: Draws the calibration examples.
       trace: Hears progress, warnings, sizes.
 
     Returns:
       The written file. Equal arguments give equal bytes.
 
     Raises:
-      ConfigError: Unknown format, an `io` that it does not have, or a calibration budget above what the data holds.
+      ConfigError: Unknown format, an `io` that it does not have, a layer that is not there, or a calibration budget above
+        what the data holds.
       ContractError: Calibration examples are absent, of another shape, or not finite.
       ModelError: An operator has no built-in kernel, or the model returns another shape or dtype than `spec` says.
 
@@ -98,20 +116,33 @@ def export(
         )
     output_name = "value" if spec.task == "regression" else outputs
     function, holder = _function(model, spec, output_name)
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([function], holder)
-    if format in IO:
-        examples = _calibration(calibration, spec, options, seed, format)
-        _quantize_all(converter, format, examples, options, trace)
-    elif format in ("float16", "dynamic"):
-        converter.optimizations = [tf.lite.Optimize.DEFAULT]
-        converter.target_spec.supported_types = [tf.float16] if format == "float16" else []
-    if sparse:
-        converter.optimizations = [*converter.optimizations, tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
-    content = _convert(converter, recipe, model)
+
+    def convert(written: str, examples: np.ndarray | None = None) -> bytes:
+        converter = tf.lite.TFLiteConverter.from_concrete_functions([function], holder)
+        if examples is not None:
+            _quantize_all(converter, written, examples, options, trace)
+        elif written in ("float16", "dynamic"):
+            converter.optimizations = [tf.lite.Optimize.DEFAULT]
+            converter.target_spec.supported_types = [tf.float16] if written == "float16" else []
+        if sparse and written == format:
+            converter.optimizations = [*converter.optimizations, tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
+        return _convert(converter, recipe, model)
+
     file = TFLiteFile(folder)
-    file.file.write_bytes(content)
+    file.calibration.unlink(missing_ok=True)
+    if format in IO:
+        inputs = check_rows(calibration, spec, options, format)
+        rows = Rows(inputs, order(len(inputs), labels, spec, seed), held_out)
+        trained, classes = _is_trained_for_int8(function), layer_classes(model)
+        made = in_integers(convert, format, rows, options, classes, promises, untreated, trained=trained)
+        promises, untreated = made.promises, made.untreated
+        file.file.write_bytes(made.content)
+        write_json(file.calibration, made.calibration)
+        _tell(made.calibration, recipe, trace)
+    else:
+        file.file.write_bytes(convert(format))
     if format in WEIGHT_BITS:
-        untreated = [*untreated, *_wider(content, format, model)]
+        untreated = [*untreated, *_wider(file.file.read_bytes(), format, model)]
         file.file.write_bytes(weights_only(file.file, WEIGHT_BITS[format]))
     _write_face(file, recipe, format, output_name, promises, untreated, trace)
     return file
@@ -156,28 +187,30 @@ def _wider(content: bytes, format: str, model: Any) -> list[dict[str, Any]]:
     return found
 
 
-def _calibration(
-    calibration: np.ndarray | None, spec: DataSpec, options: ExportOptions, seed: int, format: str
-) -> np.ndarray:
-    """The examples that fix int8 ranges: drawn without replacement under `seed`, kept in file order."""
-    held = 0 if calibration is None else len(calibration)
-    if calibration is None or held == 0:
-        raise ContractError(
-            f"export: {format} needs examples that fix its ranges, got 0; raise preprocess.splits.calibration above 0 or leave {format} out of compress.recipes."
+def _is_trained_for_int8(function: Any) -> bool:
+    """Whether the model carries fake quantization, which brings ranges of its own."""
+    graph = function.graph.as_graph_def()
+    nodes = itertools.chain(graph.node, *(inner.node_def for inner in graph.library.function))
+    return any(node.op.startswith("FakeQuant") for node in nodes)
+
+
+def _tell(found: dict[str, Any], recipe: str, trace: Trace) -> None:
+    """What calibration found, to TensorBoard; and a warning where held-out rows are clipped."""
+    trace.scalar("export/calibration_rows", found["rows"])
+    tensors = found.get("tensors", [])
+    if not tensors:
+        return
+    for number, each in enumerate(tensors):
+        trace.scalar("export/covered_by_tensor", each["covered"], step=number)
+        for split, share in each["clipped"].items():
+            trace.scalar(f"export/clipped_{split}_by_tensor", share, step=number)
+    trace.text("export/calibration", calibration_table(found))
+    worst = worst_clipped(tensors, "validation")
+    if worst is not None:
+        trace.warn(
+            f"{recipe}: {worst['clipped']['validation']:.3f} of what layer '{worst['layer']}' makes of the validation split lies outside the "
+            f"range that {found['rows']} calibration rows gave it, at most {CLIPPED:g} is usual; raise preprocess.splits.calibration."
         )
-    if calibration.shape[1:] != spec.input_shape or calibration.dtype != np.float32:
-        raise ContractError(
-            f"export: calibration examples are float32 of shape {spec.input_shape}, got {calibration.dtype} {calibration.shape[1:]}; pass them as the model is fed."
-        )
-    if not np.isfinite(calibration).all():
-        row = int(np.argmin(np.isfinite(calibration.reshape(held, -1)).all(axis=1)))
-        raise ContractError(f"export: calibration example {row} holds NaN or infinity; repair the calibration split.")
-    wanted = options.calibration_examples or min(held, CALIBRATION_LIMIT)
-    if wanted > held:
-        raise ConfigError(
-            f"export.calibration_examples={wanted}: the calibration split holds {held}; lower it or raise preprocess.splits.calibration."
-        )
-    return calibration[np.sort(np.random.default_rng(seed).permutation(held)[:wanted])]
 
 
 def _quantize_all(converter: Any, format: str, examples: np.ndarray, options: ExportOptions, trace: Trace) -> None:
@@ -248,8 +281,10 @@ def _write_face(
 ) -> None:
     proof = read_proof(file.file)
     _check_storage(proof, recipe)
-    if format in IO and proof.float_operators:
-        names = ", ".join(proof.float_operators)
+    asked_for = {operator for promise in promises if promise.precision for operator in OPERATORS_OF_KIND[promise.kind]}
+    stayed = [name for name in proof.float_operators if name not in asked_for]
+    if format in IO and stayed:
+        names = ", ".join(stayed)
         trace.warn(
             f"{recipe}: operators without an {format} kernel run in float inside the file, expect it to be slower: {names}."
         )

@@ -41,6 +41,11 @@ def check_format(kernels: Sequence[Kernel], format: str) -> list[str]:
     return check(kernels, format) if check else []
 
 
+def has_precision(kernel: Kernel, precision: str) -> bool:
+    """Whether a kernel's operator computes in 'float32' from a float32 kernel, or in 'int16' from an int8 one."""
+    return (kernel.dtype, kernel.computes) == {"float32": ("float32", "float32"), "int16": ("int8", "int16")}[precision]
+
+
 def _float16(kernels: Sequence[Kernel], format: str) -> list[str]:
     return [_is(kernel, kernel.dtype, "float16") for kernel in kernels if kernel.dtype != "float16"]
 

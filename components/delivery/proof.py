@@ -21,7 +21,8 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from components.artifacts import Promise
-from components.delivery.formats import INTEGER_KERNELS, check_format
+from components.delivery.formats import INTEGER_KERNELS, check_format, has_precision
+from components.delivery.scopes import Scopes
 from components.delivery.zeros import Zeros, densify, find_zeros, storage
 from components.errors import ContractError
 
@@ -352,8 +353,10 @@ def check(proof: Proof, promises: Sequence[Promise], format: str) -> list[str]:
     """
     broken = [f"operator {name} needs the TensorFlow runtime (Flex)" for name in proof.flex]
     broken += [f"operator {name} is not built in" for name in proof.custom]
-    broken += check_format(proof.weights, format)
-    for promise, kernel in match(proof.weights, promises):
+    found = match(proof.weights, promises)
+    named = [kernel for promise, kernel in found if promise.precision and kernel is not None]
+    broken += check_format([kernel for kernel in proof.weights if kernel not in named], format)
+    for promise, kernel in found:
         if kernel is None:
             broken.append(f"layer '{promise.layer}': no {promise.kind} kernel of shape {promise.shape} in the file")
         else:
@@ -374,6 +377,10 @@ def _check_kernel(promise: Promise, kernel: Kernel) -> list[str]:
         broken.append(
             f"{where}: at most {promise.distinct} distinct weights in an output channel were promised, the file holds {kernel.distinct_per_channel}"
         )
+    if promise.precision and not has_precision(kernel, promise.precision):
+        broken.append(
+            f"{where}: {promise.precision} was promised, it is {kernel.dtype} and computes in {kernel.computes}"
+        )
     if promise.quantized and kernel.dtype not in INTEGER_KERNELS:
         broken.append(f"{where}: int8 was promised, the file holds {kernel.dtype}")
     return broken
@@ -385,20 +392,25 @@ def match(kernels: Sequence[Kernel], promises: Sequence[Promise]) -> list[tuple[
     Names come first because parallel branches may run in another order than that of the layers; the order decides
     where the converter gave a folded kernel a name of its own ('arith.constant3').
     """
+    # In a file of Keras 3, 'a_1' is the scope of layer 'a'; in one of tf_keras that of layer 'a_1'.
+    names = [name for kernel in kernels for name in (kernel.name, kernel.used_as)]
+    numbered = Scopes([promise.layer for promise in promises], names).numbered
+    by_name = (_numbered, _named, _used_as) if numbered else (_named, _used_as, _numbered)
     free = list(kernels)
     found: dict[int, Kernel] = {}
-    for named in (_named, _used_as, _numbered, _unnamed):
+    for named in (*by_name, _unnamed):
         for number, promise in enumerate(promises):
             if number in found:
                 continue
-            kernel = next((k for k in free if _fits(k, promise) and named(k, promise.layer)), None)
+            kernel = next((k for k in free if fits(k, promise) and named(k, promise.layer)), None)
             if kernel is not None:
                 found[number] = kernel
                 free.remove(kernel)
     return [(promise, found.get(number)) for number, promise in enumerate(promises)]
 
 
-def _fits(kernel: Kernel, promise: Promise) -> bool:
+def fits(kernel: Kernel, promise: Promise) -> bool:
+    """Whether operator and shape of a kernel are what the promise says; its name is another matter."""
     if kernel.operator not in OPERATORS_OF_KIND.get(promise.kind, (kernel.operator,)):
         return False
     # A 1-D convolution becomes a 2-D one with a side of 1.

@@ -202,6 +202,11 @@ REFUSED = {
     "preprocess: {splits: {calibration: 0}}\ncompress: {recipes: [prune@0.5+int16x8]}": "my.yaml:5: compress.recipes "
     "'prune@0.5+int16x8': int16x8 must have calibration rows to find its ranges, got preprocess.splits.calibration=0; give it a "
     "share, for instance 0.05.",
+    "export: {keep_float: [head]}\ncompress: {recipes: [int8, qat]}": "my.yaml:5: compress.recipes 'qat': a recipe with qat must be "
+    "without export.keep_float and export.int16, since it trains the precision of every layer, got head; name them in "
+    "compress.qat.exclude, or leave the recipe out.",
+    "export: {int16: ['a(']}": "my.yaml:4: export.int16[0]: must be a regular expression, got 'a(': missing ), unterminated subpattern "
+    "at position 1; correct it.",
     "export: {io: int8}\ncompress: {recipes: [int8, int8_weights, int16x8]}": "my.yaml:5: compress.recipes 'int16x8': the input and "
     "output of an int16x8 file must be float32 or int16, got export.io=int8; change export.io, or leave the recipe out.",
     "export: {io: int16}\ncompress: {recipes: [int16x8, qat]}": "my.yaml:5: compress.recipes 'qat': the input and output of an int8 "

@@ -46,6 +46,11 @@ class Made:
     def keras_outputs(self, inputs):
         return self.model(inputs, training=False).numpy()
 
+    def again(self, folder, format, options):
+        """The same model written in another way."""
+        file, variant = written(self.data, self.model, format, options, folder)
+        return dataclasses.replace(self, file=file, variant=variant)
+
     def bundle(self, folder, *, golden=5, trace=None, **changed):
         folder.mkdir(exist_ok=True)
         given = {"variant": self.variant, "file": self.file, "data": self.data, "options": BundleOptions(golden=golden)}
@@ -61,11 +66,8 @@ class Made:
 
 def make(folder, source, options, format, task, path=None):
     """Everything up to a measured file, from a source."""
-    folder.mkdir(parents=True)
-    places = [folder / name for name in ("data", "exported", "measured")]
-    for place in places:
-        place.mkdir()
-    data = preprocess(source, options, places[0], task=task, seed=0, golden=8, trace=Trace())
+    (folder / "data").mkdir(parents=True)
+    data = preprocess(source, options, folder / "data", task=task, seed=0, golden=8, trace=Trace())
     keras.utils.set_random_seed(3)
     spec = data.spec
     model = keras.Sequential(
@@ -76,19 +78,27 @@ def make(folder, source, options, format, task, path=None):
             keras.layers.Dense(spec.outputs),
         ]
     )
+    return Made(data, model, *written(data, model, format, ExportOptions(), folder), path)
+
+
+def written(data, model, format, options, folder):
+    """The model as a file of `format`, and its entry of the results."""
+    places = [folder / name for name in ("exported", "measured")]
+    for place in places:
+        place.mkdir()
     calibration = read(data, "calibration")[0]
-    file = export(format, format, model, spec, "logits", ExportOptions(), calibration, places[1], seed=0, trace=Trace())
+    spec = data.spec
+    file = export(format, format, model, spec, "logits", options, calibration, places[0], seed=0, trace=Trace())
     measured = measure(
         file,
         lambda: read(data, "test"),
         lambda: read(data, "validation"),
         spec,
         MeasureOptions(runs=5, warmup=1),
-        places[2],
+        places[1],
         trace=Trace(),
     )
-    variant = {**measured.variant, "metric_drop": 0.0, "validation_drop": 0.0}
-    return Made(data, model, file, variant, path)
+    return file, {**measured.variant, "metric_drop": 0.0, "validation_drop": 0.0}
 
 
 def write_csv(path):
@@ -156,7 +166,7 @@ class Toy:
 
     def export(self, folder, format, *, options=None, model=None, **more):
         folder.mkdir(exist_ok=True)
-        more = {"seed": 0, "trace": Trace(), "calibration": self.inputs[:96], **more}
+        more = {"seed": 0, "trace": Trace(), "calibration": self.inputs[:96], "labels": self.labels[:96], **more}
         calibration = more.pop("calibration")
         given = (model or self.model, self.spec, "logits", options or ExportOptions(), calibration, folder)
         return export(more.pop("recipe", format), format, *given, **more)

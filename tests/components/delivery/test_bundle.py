@@ -26,6 +26,7 @@ from components.delivery.bundle import machine_tolerance, output_step, predict, 
 from components.delivery.card import in_words
 from components.delivery.predictor import _decode, read_input
 from components.errors import ConfigError, ContractError, DataError
+from components.options import ExportOptions
 from components.tracing import Trace
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -73,6 +74,23 @@ def isolated(script, *arguments, cwd=None):
         env=environment,
         timeout=120,
     )
+
+
+@pytest.mark.parametrize(
+    ("format", "io"), [("int8", "int8"), ("int8", "uint8"), ("int16x8", "int16"), ("int4_weights", "float32")]
+)
+def test_a_bundle_answers_alike_whatever_its_file_takes_and_gives(format, io, made, tmp_path):
+    usual = made("digits")
+    other = usual.again(tmp_path, format, ExportOptions(io=io))
+    folder = other.bundle(tmp_path / "bundle")
+    inside = read_json(folder / "metadata.json")
+    assert (inside["inputs"][0]["dtype"], inside["outputs"][0]["dtype"]) == (io, io)
+    assert verify(folder).outputs_difference == 0
+    assert other.variant["metric"] == pytest.approx(usual.variant["metric"], abs=0.02)
+    answers = predict(folder, folder / "golden.json")
+    usual_answers = predict(usual.bundle(tmp_path / "usual"), folder / "golden.json")
+    same = [each["label"] == other["label"] for each, other in zip(answers, usual_answers, strict=True)]
+    assert sum(same) >= len(same) - (format == "int4_weights")
 
 
 RUN_PREDICT = """

@@ -9,8 +9,8 @@ import tensorflow as tf
 import tf_keras
 from ai_edge_litert.interpreter import Interpreter
 
-from components.artifacts import DataSpec, Promise
-from components.delivery.export import CALIBRATION_LIMIT, export
+from components.artifacts import DataSpec, Promise, read_json
+from components.delivery.export import export
 from components.delivery.measure import predict
 from components.delivery.proof import check, read_proof
 from components.errors import ConfigError, ContractError, ModelError
@@ -106,6 +106,7 @@ def test_the_face_says_what_was_written(model, pictures, tmp_path):
                 "distinct": 0,
                 "quantized": False,
                 "pattern": "",
+                "precision": "",
             }
         ],
         "untreated": untreated,
@@ -308,15 +309,19 @@ def test_the_seed_draws_the_calibration_examples_from_the_whole_split(model, pic
     assert min(scales) > scaled[:6].max() / 255 * 1.5
 
 
-def test_the_whole_calibration_split_is_used_up_to_a_limit(model, tmp_path):
+def test_a_small_calibration_split_is_used_as_a_whole(model, pictures, tmp_path):
     heard = []
-    trace = Trace(on_progress=lambda *said: heard.append(said))
-    many = np.zeros((CALIBRATION_LIMIT + 3, 8, 8, 1), np.float32)
-    write(model, tmp_path, "int8", calibration=many, trace=trace)
-    assert heard[-1] == (CALIBRATION_LIMIT, CALIBRATION_LIMIT, "calibrating int8")
-    heard.clear()
-    write(model, tmp_path, "int8", calibration=many[:5], trace=trace)
-    assert heard[-1] == (5, 5, "calibrating int8")
+    file = write(
+        model, tmp_path, "int8", calibration=pictures, trace=Trace(on_progress=lambda *said: heard.append(said))
+    )
+    assert heard[-1] == (len(pictures), len(pictures), "calibrating int8")
+    assert read_json(file.calibration)["rows"] == len(pictures)
+
+
+def test_a_model_with_ranges_of_its_own_is_not_calibrated_anew(pictures, tmp_path):
+    layers = [keras.Input((8, 8, 1)), keras.layers.Flatten(), FakelyQuantized(name="aware")]
+    file = write(keras.Sequential(layers), tmp_path, "int8", calibration=pictures)
+    assert read_json(file.calibration) == {"ranges": "trained", "rows": len(pictures)}
 
 
 @pytest.mark.parametrize("nothing", [None, np.zeros((0, 8, 8, 1), np.float32)])

@@ -71,6 +71,18 @@ def test_a_kernel_that_no_weight_format_treats_stays_float_and_is_told(tmp_path,
     assert np.abs(predict(file.file, toy.held[:8]) - wanted).max() <= 0.02 * np.ptp(wanted)
 
 
+@pytest.mark.parametrize("format", ["int16x8", "int8_weights", "int4_weights"])
+def test_a_transposed_convolution_is_carried_by_the_new_formats(format, toy, tmp_path):
+    layers = [keras.Input((12, 12, 1)), keras.layers.Conv2DTranspose(2, 3, strides=2, name="up")]
+    model = keras.Sequential([*layers, keras.layers.Flatten(), keras.layers.Dense(4, name="head")])
+    file = toy.export(tmp_path, format, model=model)
+    proof = read_proof(file.file)
+    assert {each.operator: each.dtype for each in proof.weights}["TRANSPOSE_CONV"] == "int8"
+    assert check(proof, [], format) == []
+    wanted = model(toy.held[:8], training=False).numpy()
+    assert np.abs(predict(file.file, toy.held[:8]) - wanted).max() <= 0.15 * np.ptp(wanted)
+
+
 @pytest.mark.parametrize("format", WEIGHT_BITS)
 def test_empty_output_channels_and_shared_weights_survive_weights_in_few_bits(format, toy, tmp_path):
     model = keras.models.clone_model(toy.model)

@@ -7,7 +7,7 @@ import tf_keras
 
 from components.artifacts import DataSpec
 from components.delivery.export import export
-from components.delivery.owners import Owners, layer_classes, operations
+from components.delivery.owners import layer_classes, operations
 from components.options import ExportOptions
 from components.tracing import Trace
 
@@ -75,9 +75,3 @@ def test_equal_biases_of_two_layers_do_not_make_one_the_owner_of_the_other(tmp_p
     found = operations(written(model, tmp_path), list(layer_classes(model)))
     dense = [each.layers for each in found if each.kind == "FULLY_CONNECTED"]
     assert dense == [("dense",), ("dense_1",), ("dense_2",)]
-
-
-def test_what_no_name_tells_stands_for_itself():
-    assert Owners(["a"], ["StatefulPartitionedCall:0"]).of(["StatefulPartitionedCall:0", "net_1/a_1/Relu"]) == ["a"]
-    assert Owners(["a", "a_1"], ["net/a/x", "net/a_1/x"]).of(["net/a_1/x"]) == ["a_1"]
-    assert Owners(["a", "a_1"], ["net_1/a_1/x", "net_1/a_1_2/x"]).of(["net_1/a_1/x", "net_1/a_1_2/x"]) == ["a", "a_1"]
