@@ -4,7 +4,8 @@
 
 tfmot refuses Keras 3 (tensorflow/model-optimization issue 1119). A twin is rebuilt layer by layer from each layer's
 configuration, takes over the weights, and must give the same outputs. It is always one flat functional model: nested
-models are laid out in place, since quantization-aware training refuses a model inside a model.
+models are laid out in place, since quantization-aware training refuses a model inside a model. What tf_keras lacks runs
+inside the twin as Keras 3 has it (`components.compression.hosted`).
 
 Only this package imports tf_keras and tfmot. Importing tfmot sets TF_USE_LEGACY_KERAS, which changes what `tf.keras`
 means in the whole process; `import keras` keeps meaning Keras 3.
@@ -13,6 +14,7 @@ means in the whole process; `import keras` keeps meaning Keras 3.
 from __future__ import annotations
 
 import collections
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +23,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
+from components.compression.hosted import Hosted, carried, host, is_symbolic
 from components.compression.twin_layers import LAYERS, OPERATIONS, TwinLayer, plain
 from components.errors import ModelError
 
@@ -35,6 +38,9 @@ TWINS: dict[str, Callable[[Any, str], list[TwinLayer]]] = dict(LAYERS)
 (Keras 3 layer, name for the twin) -> tf_keras layers that, called one after the other, do the same. Their weights taken
 together, in order, must be those of the Keras 3 layer, or none at all. A tf_keras class of your own must be registered
 with `tf_keras.saving.register_keras_serializable`, because compressed models are saved.
+
+A layer of yours without an entry is hosted: it trains and is exported, but tfmot leaves its weights alone. An entry that
+says it in layers that tfmot knows opens them to pruning, clustering and quantization.
 """
 
 
@@ -79,8 +85,8 @@ def from_twin(twin: tf_keras.Model, like: keras.Model) -> keras.Model:
     present = {layer.name: layer for layer in twin.layers}
     twins = _Twins(like)
     for layer, target in zip(twins.weighted(), _Twins(made).weighted(), strict=True):
-        chain = [present.get(name) for name in twins.chain_names(layer)]
-        values = [weight.numpy() for each in chain if each is not None for weight in each.weights]
+        chain = [present.get(name) for name in twins.names_in(present, layer)]
+        values = [weight.numpy() for weight in carried(each for each in chain if each is not None)]
         if not values and None not in chain:
             continue  # the twin carries them in its configuration
         if None in chain or [each.shape for each in values] != [tuple(weight.shape) for weight in layer.weights]:
@@ -102,7 +108,7 @@ def _inputs(model: keras.Model) -> Iterator[tuple[Any, str]]:
 
 
 class _Twins:
-    """The twin layers of one model, made when first asked for."""
+    """The twin layers of one model, made when first called."""
 
     def __init__(self, model: keras.Model) -> None:
         if not _is_graph(model):
@@ -111,53 +117,86 @@ class _Twins:
                 "build it with keras.Input and keras.Model(inputs, outputs)."
             )
         self.names = _names(model)
-        self.layers = {id(layer): layer for layer, _ in _walk(model)}
+        self.operations = {id(operation): operation for operation, _ in _walk(model)}
         self.made: dict[int, list[TwinLayer]] = {}
 
     def pairs(self) -> Iterator[tuple[keras.Layer, list[TwinLayer]]]:
         """Each Keras 3 layer with the twin layers that take over its weights."""
         for key, chain in self.made.items():
-            if any(each.weights for each in chain):
-                yield self.layers[key], chain
+            if carried(chain):
+                yield self.operations[key], chain
 
     def weighted(self) -> list[keras.Layer]:
         """Layers whose weights travel, in the order of the graph."""
-        return [layer for layer in self.layers.values() if layer.weights]
+        return [each for each in self.operations.values() if isinstance(each, keras.Layer) and each.weights]
 
-    def chain_names(self, layer: keras.Layer) -> list[str]:
-        """Names of the twin layers of `layer`."""
-        return [each.name for each in self.of(layer)]
-
-    def of(self, layer: keras.Layer) -> list[TwinLayer]:
-        """The twin layers of `layer`; the same ones each time, so a shared layer stays shared."""
-        if id(layer) not in self.made:
-            self.made[id(layer)] = _make(layer, self.names[id(layer)])
-        return self.made[id(layer)]
+    def names_in(self, twin: Mapping[str, TwinLayer], layer: keras.Layer) -> list[str]:
+        """How the twin layers of `layer` are called."""
+        name = self.names[id(layer)]
+        native = [] if isinstance(twin.get(name), Hosted) else _native(layer, name)
+        return [each.name for each in native] or [name]
 
     def lay_out(self, model: keras.Model, inputs: list[Any]) -> list[Any]:
         """Calls the twins of all of the model's layers on `inputs`; returns the outputs, flat."""
-        graph = model._functional if isinstance(model, keras.Sequential) else model
-        outputs = graph._run_through_graph(inputs, call_fn=self._call)
+        outputs = _graph(model)._run_through_graph(inputs, call_fn=self._call)
         return keras.tree.flatten(outputs)
 
     def _call(self, operation: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(operation, keras.Model):
-            if not _is_graph(operation):
-                _Twins(operation)  # raises
+        if isinstance(operation, keras.Model) and _is_graph(operation):
             outputs = self.lay_out(operation, keras.tree.flatten(args))
             return keras.tree.pack_sequence_as(operation._outputs_struct, outputs) if len(outputs) > 1 else outputs[0]
-        # tf_keras hands masks along by itself.
-        given = {key: value for key, value in kwargs.items() if value is not None and not key.endswith("mask")}
-        if not isinstance(operation, keras.Layer):
-            return _operate(operation, args, given)
-        first, *rest = self.of(operation)
+        kwargs.pop("training", None)  # written down by Keras 3 as it was while the model was built; obeyed by tf_keras
         try:
-            value = first(*args, **given)
-        except (TypeError, ValueError) as error:
-            raise _no_twin(operation, f"tf_keras refuses its inputs: {_first_line(error)}") from error
-        for layer in rest:
-            value = layer(value)
+            if id(operation) in self.made:  # a shared layer stays shared
+                return _through(self.made[id(operation)], operation, args, kwargs)
+            return self._first_call(operation, args, kwargs)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise _no_twin(operation, _first_line(error)) from error
+
+    def _first_call(self, operation: Any, args: Any, kwargs: Any) -> Any:
+        name = self.names[id(operation)]
+        chain = [] if _gains_mask(operation, args, kwargs) else _native(operation, name)
+        try:
+            value = _through(chain, operation, args, kwargs) if chain else None
+        except (TypeError, ValueError):
+            if _is_yours(operation):
+                raise
+            chain = []  # tf_keras has a layer of that name, but it takes other inputs
+        if not chain:
+            chain = [host(operation, name, args, kwargs)]
+            value = _through(chain, operation, args, kwargs)
+        self.made[id(operation)] = chain
         return value
+
+
+def _through(chain: list[TwinLayer], operation: Any, args: Any, kwargs: Any) -> Any:
+    """Calls the twin layers of `operation` one after the other."""
+    first, *rest = chain
+    if isinstance(operation, keras.Layer) and not isinstance(first, Hosted):
+        value = first(*args, **_without_masks(args, kwargs))
+    else:
+        value = first(_one_or_all(_tensors([args, kwargs])))
+    for layer in rest:
+        value = layer(value)
+    return value
+
+
+def _tensors(arguments: Any) -> list[Any]:
+    return [each for each in keras.tree.flatten(arguments) if is_symbolic(each)]
+
+
+def _masked(arguments: Any) -> bool:
+    return any(getattr(tensor, "_keras_mask", None) is not None for tensor in _tensors(arguments))
+
+
+def _without_masks(args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by keyword, without masks that tf_keras hands from layer to layer by itself."""
+    by_itself = ("mask", "query_mask", "value_mask", "key_mask") if _masked([args, kwargs]) else ()
+    return {key: value for key, value in kwargs.items() if value is not None and key not in by_itself}
+
+
+def _graph(model: keras.Model) -> Any:
+    return model._functional if isinstance(model, keras.Sequential) else model
 
 
 def _is_graph(model: Any) -> bool:
@@ -166,44 +205,56 @@ def _is_graph(model: Any) -> bool:
     return hasattr(model, "_run_through_graph")
 
 
-def _walk(model: keras.Model, outer: tuple[str, ...] = ()) -> Iterator[tuple[keras.Layer, tuple[str, ...]]]:
-    """Every layer of nested models, with the names of the models around it."""
-    for layer in model.layers:
-        if isinstance(layer, keras.Model) and _is_graph(layer):
-            yield from _walk(layer, (*outer, layer.name))
-        elif not isinstance(layer, keras.layers.InputLayer):
-            yield layer, outer
+def _walk(model: keras.Model, outer: tuple[str, ...] = ()) -> Iterator[tuple[Any, tuple[str, ...]]]:
+    """Every layer and operation of nested models, with the names of the models around it."""
+    for operation in _graph(model).operations:
+        if isinstance(operation, keras.Model) and _is_graph(operation):
+            yield from _walk(operation, (*outer, operation.name))
+        elif not isinstance(operation, keras.layers.InputLayer):
+            yield operation, outer
 
 
 def _names(model: keras.Model) -> dict[int, str]:
     """A name for each layer that is unique in the flat model, and equal to the layer's own wherever possible."""
-    layers = {id(layer): (layer.name, outer) for layer, outer in _walk(model)}
+    found = {id(operation): (operation.name, outer) for operation, outer in _walk(model)}
     inputs = {name for _, name in _inputs(model)}
-    often = collections.Counter(name for name, _ in layers.values())
+    often = collections.Counter(name for name, _ in found.values())
     return {
         key: name if often[name] == 1 and name not in inputs else "_".join((*outer, name))
-        for key, (name, outer) in layers.items()
+        for key, (name, outer) in found.items()
     }
 
 
-def _make(layer: keras.Layer, name: str) -> list[TwinLayer]:
-    maker = TWINS.get(type(layer).__name__)
-    if maker is not None:
-        return maker(layer, name)
-    kind = getattr(tf_keras.layers, type(layer).__name__, None)
-    if kind is None or not type(layer).__module__.startswith("keras."):
-        raise _no_twin(layer, "tf_keras has no layer of that name")
+def _is_yours(operation: Any) -> bool:
+    kind = type(operation).__name__
+    return kind in TWINS and TWINS[kind] is not LAYERS.get(kind)
+
+
+def _gains_mask(operation: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether tf_keras would hand a mask on that Keras 3 does not.
+
+    Operations drop masks, and a layer that is called with several tensors gets none.
+    """
+    if not _masked([args, kwargs]):
+        return False
+    if isinstance(operation, keras.Layer) and "mask" not in inspect.signature(operation.call).parameters:
+        return False
+    return kwargs.get("mask") is None
+
+
+def _native(operation: Any, name: str) -> list[TwinLayer]:
+    """The same in layers of tf_keras; none where it has nothing, or not with that configuration."""
+    kind = type(operation).__name__
+    if not isinstance(operation, keras.Layer):
+        return OPERATIONS[kind](operation, name) if kind in OPERATIONS else []
+    if _is_yours(operation):
+        return TWINS[kind](operation, name)
+    if not type(operation).__module__.startswith("keras."):
+        return []
     try:
-        return plain(layer, name)
-    except (TypeError, ValueError) as error:
-        raise _no_twin(layer, _first_line(error)) from error
-
-
-def _operate(operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    function = OPERATIONS.get(type(operation).__name__)
-    if function is None:
-        raise _no_twin(operation, "no twin is known for this operation")
-    return function(operation, *args, **kwargs)
+        return LAYERS.get(kind, plain)(operation, name)
+    except (TypeError, ValueError):
+        return []
 
 
 def _no_twin(layer: Any, reason: str) -> ModelError:
@@ -214,7 +265,7 @@ def _no_twin(layer: Any, reason: str) -> ModelError:
 
 
 def _set_weights(layer: keras.Layer, chain: list[TwinLayer], values: list[np.ndarray]) -> None:
-    targets = [weight for each in chain for weight in each.weights]
+    targets = carried(chain)
     if [tuple(weight.shape) for weight in targets] != [value.shape for value in values]:
         raise _no_twin(layer, f"its weights are {_shapes(values)}, those of tf_keras {_shapes(targets)}")
     for weight, value in zip(targets, values, strict=True):
@@ -237,7 +288,7 @@ def _check_same(model: keras.Model, twin: tf_keras.Model, twins: _Twins) -> None
     expected = keras.tree.flatten(model(_one_or_all(examples), training=False))
     got = tf.nest.flatten(twin(_one_or_all(examples), training=False))
     worst = max(map(_difference, expected, got))
-    exact = all(layer.compute_dtype in (None, "float32") for layer, _ in _walk(model))
+    exact = all(getattr(each, "compute_dtype", None) in (None, "float32") for each, _ in _walk(model))
     tolerance = TOLERANCE if exact else REDUCED_TOLERANCE
     if worst > tolerance:
         where = _first_difference(model, twin, twins, examples, tolerance)
@@ -271,14 +322,14 @@ def _first_difference(
     model: keras.Model, twin: tf_keras.Model, twins: _Twins, examples: list[np.ndarray], tolerance: float
 ) -> str:
     """Name and class of the first layer of the outermost model that differs; layers of nested models count as one."""
-    ours = [layer for layer in model.layers if id(layer) in twins.made]
-    theirs = [twins.of(layer)[-1] for layer in ours]
+    ours = [each for each in _graph(model).operations if id(each) in twins.made]
     feed = _one_or_all(examples)
-    expected = keras.Model(_one_or_all(model.inputs), [layer._inbound_nodes[0].outputs[0] for layer in ours])(
+    expected = keras.Model(_one_or_all(model.inputs), [each._inbound_nodes[0].outputs[0] for each in ours])(
         feed, training=False
     )
-    got = tf_keras.Model(_one_or_all(twin.inputs), [layer.get_output_at(0) for layer in theirs])(feed, training=False)
-    for layer, mine, other in zip(ours, expected, tf.nest.flatten(got), strict=True):
+    theirs = [tf.nest.flatten(twins.made[id(each)][-1].get_output_at(0))[0] for each in ours]
+    got = tf_keras.Model(_one_or_all(twin.inputs), theirs)(feed, training=False)
+    for operation, mine, other in zip(ours, keras.tree.flatten(expected), tf.nest.flatten(got), strict=True):
         if _difference(mine, other) > tolerance:
-            return f"layer '{layer.name}' ({type(layer).__name__})"
+            return f"layer '{operation.name}' ({type(operation).__name__})"
     return "a layer inside a nested model"

@@ -1,8 +1,8 @@
 """How single layers, operations and activations of Keras 3 are said in tf_keras.
 
 Most layers carry over by their configuration (`translate`). `LAYERS` holds those that do not, `OPERATIONS` what a user
-writes on tensors without a layer (`x + y`, `keras.ops.mean`), `ACTIVATIONS` functions that tf_keras lacks or means
-otherwise.
+writes on tensors without a layer (`x + y`, `keras.ops.mean`) and tf_keras says in layers, `ACTIVATIONS` functions that
+tf_keras lacks or means otherwise. All else is hosted (`components.compression.hosted`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 import tf_keras
+
+from components.compression.hosted import host
 
 TwinLayer = Any  # a tf_keras.layers.Layer; tf_keras ships no types
 Maker = Callable[[Any, str], list[TwinLayer]]
@@ -100,16 +102,16 @@ FUSED = ("linear", "relu", "swish", "gelu", "softmax", "sigmoid", "tanh")
 # --- configurations ----------------------------------------------------------------------------------------------
 
 
-def translate(layer: keras.Layer, kind: type, name: str) -> dict[str, Any]:
+def translate(layer: keras.Layer, kind: type, name: str, without: str = "") -> dict[str, Any]:
     """Arguments for the constructor of `kind`, from the configuration of a Keras 3 layer.
 
     Initializers are left out, since the weights are copied; seeds are, since fine-tuning resets random generators by
-    epoch; arguments that tf_keras does not have are, since the outputs are compared afterwards.
+    epoch; arguments that tf_keras does not have are, since the outputs are compared afterwards; and so is `without`.
     """
     accepted = _accepted(kind)
     made: dict[str, Any] = {"name": name, "trainable": layer.trainable, "dtype": "float32"}
     for key, value in layer.get_config().items():
-        if key in made or key not in accepted or key == "seed" or key.endswith("_initializer"):
+        if key in made or key not in accepted or key in ("seed", without) or key.endswith("_initializer"):
             continue
         made[key] = _value(layer, key, value)
     if issubclass(kind, tf_keras.__internal__.layers.BaseRandomLayer):
@@ -153,17 +155,39 @@ def plain(layer: keras.Layer, name: str) -> list[TwinLayer]:
 
     An activation that tfmot does not know inside a layer comes out as a layer of its own, so that the kernel can still
     be quantized.
+
+    Raises:
+      ValueError: tf_keras has no such layer, or not with that configuration.
     """
-    kind = getattr(tf_keras.layers, type(layer).__name__)
-    options = translate(layer, kind, name)
-    function = options.get("activation")
-    if not issubclass(kind, _WITH_KERNEL) or function is None or function.__name__ in FUSED:
-        return [kind(**options)]
-    options["activation"] = None
-    return [kind(**options), tf_keras.layers.Activation(function, name=f"{name}_activation")]
+    kind = getattr(tf_keras.layers, type(layer).__name__, None)
+    if kind is None:
+        raise ValueError("tf_keras has no layer of that name")
+    if not issubclass(kind, _WITH_KERNEL):
+        return [kind(**translate(layer, kind, name))]
+    inside, behind = _activation_of(layer, name)
+    return [kind(**translate(layer, kind, name, without="activation"), activation=inside), *behind]
 
 
-_WITH_KERNEL = (tf_keras.layers.Dense, tf_keras.layers.Conv2D, tf_keras.layers.DepthwiseConv2D)
+_WITH_KERNEL = (
+    tf_keras.layers.Dense,
+    tf_keras.layers.Conv1D,
+    tf_keras.layers.Conv2D,
+    tf_keras.layers.Conv3D,
+    tf_keras.layers.DepthwiseConv2D,
+)
+
+
+def _activation_of(layer: Any, name: str) -> tuple[Any, list[TwinLayer]]:
+    """The activation of a layer with a kernel: a function to go inside, or a layer to go behind it."""
+    behind = f"{name}_activation"
+    try:
+        function = activation(layer.activation)
+    except ValueError:  # one of the user's own
+        outputs = layer._inbound_nodes[0].outputs
+        return None, [host(keras.layers.Activation(layer.activation), behind, outputs, {})]
+    if function is None or function.__name__ in FUSED:
+        return function, []
+    return None, [tf_keras.layers.Activation(function, name=behind)]
 
 
 def _leaky_relu(layer: Any, name: str) -> list[TwinLayer]:
@@ -172,9 +196,14 @@ def _leaky_relu(layer: Any, name: str) -> list[TwinLayer]:
 
 def _separable(layer: Any, name: str) -> list[TwinLayer]:
     """As two layers: so the pointwise kernel, which holds most weights, can be pruned, clustered and quantized."""
-    common = translate(layer, tf_keras.layers.SeparableConv2D, name)
+    if layer.padding == "causal":
+        return plain(layer, name)
+    one, two = tf_keras.layers.DepthwiseConv1D, tf_keras.layers.DepthwiseConv2D
+    across, along = (one, tf_keras.layers.Conv1D) if layer.rank == 1 else (two, tf_keras.layers.Conv2D)
+    common = translate(layer, getattr(tf_keras.layers, type(layer).__name__), name, without="activation")
     both = {key: common[key] for key in ("trainable", "data_format")}
-    depthwise = tf_keras.layers.DepthwiseConv2D(
+    inside, behind = _activation_of(layer, name)
+    depthwise = across(
         layer.kernel_size,
         strides=layer.strides,
         padding=layer.padding,
@@ -185,17 +214,17 @@ def _separable(layer: Any, name: str) -> list[TwinLayer]:
         name=f"{name}_depthwise",
         **both,
     )
-    pointwise = tf_keras.layers.Conv2D(
+    pointwise = along(
         layer.filters,
         1,
-        activation=common["activation"],
+        activation=inside,
         use_bias=layer.use_bias,
         kernel_regularizer=common["pointwise_regularizer"],
         bias_regularizer=common["bias_regularizer"],
         name=name,
         **both,
     )
-    return [depthwise, pointwise]
+    return [depthwise, pointwise, *behind]
 
 
 def _normalization(layer: Any, name: str) -> list[TwinLayer]:
@@ -219,52 +248,103 @@ def _bidirectional(layer: Any, name: str) -> list[TwinLayer]:
     return [tf_keras.layers.Bidirectional(forward, merge_mode=layer.merge_mode, backward_layer=backward, name=name)]
 
 
+@tf_keras.saving.register_keras_serializable(_PACKAGE)
+class StochasticDepth(tf_keras.__internal__.layers.BaseRandomLayer):
+    """Drops whole examples of a residual branch in training (Huang et al. 2016, arXiv 1603.09382), as ConvNeXt does.
+
+    Not hosted, because Keras 3's draws from a generator that all layers share.
+    """
+
+    def __init__(self, drop_path_rate: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.drop_path_rate = drop_path_rate
+
+    def call(self, x: tf.Tensor, training: Any = None) -> tf.Tensor:
+        """`x` as it is; in training each example, with probability `drop_path_rate`, as zeros, else larger by as much."""
+        if not training:
+            return x
+        keep = 1.0 - self.drop_path_rate
+        shape = tf.concat([tf.shape(x)[:1], tf.ones([x.shape.rank - 1], tf.int32)], 0)
+        return x / keep * tf.floor(keep + self._random_generator.random_uniform(shape))
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return super().get_config() | {"drop_path_rate": self.drop_path_rate, "rng_type": "stateful"}
+
+
+def _stochastic_depth(layer: Any, name: str) -> list[TwinLayer]:
+    return [StochasticDepth(layer.drop_path_rate, rng_type="stateful", name=name)]
+
+
+def _hosted(layer: Any, name: str) -> list[TwinLayer]:
+    """tf_keras means something else by that name."""
+    return []
+
+
 LAYERS: dict[str, Maker] = {
-    "LeakyReLU": _leaky_relu,
-    "SeparableConv2D": _separable,
-    "Normalization": _normalization,
-    "TimeDistributed": _wrapped,
     "Bidirectional": _bidirectional,
+    "Lambda": _hosted,
+    "LeakyReLU": _leaky_relu,
+    "Normalization": _normalization,
+    "SeparableConv1D": _separable,
+    "SeparableConv2D": _separable,
+    "StochasticDepth": _stochastic_depth,
+    "TimeDistributed": _wrapped,
 }
 
 
 # --- operations --------------------------------------------------------------------------------------------------
 
 
-def _merged(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Two tensors of one shape become a merging layer, which tfmot knows; anything else an operation."""
+def _merging(kind: str) -> Maker:
+    """Two tensors of one shape make a merging layer; broadcasting and constants do not."""
 
-    def make(operation: Any, a: Any, b: Any) -> Any:
-        shapes = [getattr(each, "shape", None) for each in (a, b)]
-        if None not in shapes and shapes[0] == shapes[1]:
-            return getattr(tf_keras.layers, kind)(name=operation.name)([a, b])
-        return function(a, b)
+    def make(operation: Any, name: str) -> list[TwinLayer]:
+        shapes = _shapes(operation)
+        return [getattr(tf_keras.layers, kind)(name=name)] if len(shapes) == 2 and shapes[0] == shapes[1] else []
 
     return make
 
 
-def _activated(name: str) -> Callable[..., Any]:
-    def make(operation: Any, x: Any) -> Any:
-        function = tf_keras.activations.get(ACTIVATIONS.get(name, name))
-        return tf_keras.layers.Activation(function, name=operation.name)(x)
+def _activated(function: str) -> Maker:
+    def make(operation: Any, name: str) -> list[TwinLayer]:
+        return [tf_keras.layers.Activation(tf_keras.activations.get(ACTIVATIONS.get(function, function)), name=name)]
 
     return make
 
 
-OPERATIONS: dict[str, Callable[..., Any]] = {
-    "Add": _merged("Add", tf.add),
-    "Subtract": _merged("Subtract", tf.subtract),
-    "Multiply": _merged("Multiply", tf.multiply),
-    "Maximum": _merged("Maximum", tf.maximum),
-    "Minimum": _merged("Minimum", tf.minimum),
-    "Divide": lambda op, a, b: tf.divide(a, b),
-    "TrueDivide": lambda op, a, b: tf.divide(a, b),
-    "Negative": lambda op, x: tf.negative(x),
-    "Square": lambda op, x: tf.square(x),
-    "Sqrt": lambda op, x: tf.sqrt(x),
-    "Absolute": lambda op, x: tf.abs(x),
-    "Exp": lambda op, x: tf.exp(x),
-    "Log": lambda op, x: tf.math.log(x),
+def _pooled(kind: str) -> Maker:
+    """A reduction over height and width."""
+
+    def make(operation: Any, name: str) -> list[TwinLayer]:
+        picture = len(_shapes(operation)[0]) == 4 and tuple(operation.axis or ()) in ((1, 2), (-3, -2))
+        return [getattr(tf_keras.layers, kind)(keepdims=operation.keepdims, name=name)] if picture else []
+
+    return make
+
+
+def _reshaped(operation: Any, name: str) -> list[TwinLayer]:
+    """Where the batch stays as it is."""
+    (shape,), (batch, *rest) = _shapes(operation), operation.newshape
+    return [tf_keras.layers.Reshape(tuple(rest), name=name)] if shape[0] is None and batch == -1 else []
+
+
+def _permuted(operation: Any, name: str) -> list[TwinLayer]:
+    axes = operation.axes
+    return [tf_keras.layers.Permute(tuple(axes[1:]), name=name)] if axes and axes[0] == 0 else []
+
+
+def _shapes(operation: Any) -> list[tuple[int | None, ...]]:
+    return [tuple(tensor.shape) for tensor in operation._inbound_nodes[0].input_tensors]
+
+
+OPERATIONS: dict[str, Maker] = {
+    "Add": _merging("Add"),
+    "Subtract": _merging("Subtract"),
+    "Multiply": _merging("Multiply"),
+    "Maximum": _merging("Maximum"),
+    "Minimum": _merging("Minimum"),
+    "Concatenate": lambda operation, name: [tf_keras.layers.Concatenate(operation.axis, name=name)],
     "Relu": _activated("relu"),
     "Relu6": _activated("relu6"),
     "Sigmoid": _activated("sigmoid"),
@@ -272,16 +352,9 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "HardSigmoid": _activated("hard_sigmoid"),
     "HardSilu": _activated("hard_silu"),
     "Tanh": _activated("tanh"),
-    "Softmax": lambda op, x: tf.nn.softmax(x, axis=op.axis),
-    "Mean": lambda op, x: tf.reduce_mean(x, axis=op.axis, keepdims=op.keepdims),
-    "Sum": lambda op, x: tf.reduce_sum(x, axis=op.axis, keepdims=op.keepdims),
-    "Max": lambda op, x: tf.reduce_max(x, axis=op.axis, keepdims=op.keepdims),
-    "Reshape": lambda op, x: tf_keras.layers.Reshape(op.newshape[1:], name=op.name)(x),
-    "Transpose": lambda op, x: tf.transpose(x, op.axes),
-    "Squeeze": lambda op, x: tf.squeeze(x, op.axis),
-    "ExpandDims": lambda op, x: tf.expand_dims(x, op.axis),
-    "Concatenate": lambda op, x: tf_keras.layers.Concatenate(op.axis, name=op.name)(list(x)),
-    "GetItem": lambda op, x, key: x[key],
-    "NotEqual": lambda op, a, b: tf.not_equal(a, b),  # how Keras 3 writes down the mask of an embedding
+    "Mean": _pooled("GlobalAveragePooling2D"),
+    "Max": _pooled("GlobalMaxPooling2D"),
+    "Reshape": _reshaped,
+    "Transpose": _permuted,
 }
-"""By class name of the Keras operation: (operation, its arguments) -> tensor."""
+"""Operations that are layers of tf_keras, which tfmot can quantize, by class name; Keras 3 runs all others."""
