@@ -36,9 +36,9 @@ def choose_prunable(twin: tf_keras.Model, options: PruneOptions, sparsity: float
     """Which kernels are pruned.
 
     Left alone: what the user excludes, frozen layers, depthwise kernels (tfmot does not prune them, and they hold few
-    weights), kernels that `pattern` does not fit, the smallest kernels up to a share of `options.dense_share` of all
-    weights, save those in `options.targets`, and under the spread 'erk' those that are too small for any zeros at this
-    sparsity.
+    weights), kernels that `pattern` does not fit, under the spread 'erk' those that are too small for any zeros at this
+    sparsity, and, where `options.targets` does not name them, the smallest kernels up to a share of `options.dense_share`
+    of all weights and the first and last ones under `options.dense_ends`.
 
     Raises:
       ConfigError: `options.exclude` or `options.targets` names an unknown layer.
@@ -46,6 +46,7 @@ def choose_prunable(twin: tf_keras.Model, options: PruneOptions, sparsity: float
     check_excluded("prune", options.exclude, twin)
     check_excluded("prune", options.targets, twin, "targets")
     small = _smallest(twin, options) - set(options.targets)
+    ends = _ends(twin) - set(options.targets) if options.dense_ends else set()
 
     def refuse(kernel: Kernel) -> str | None:
         if kernel.name in options.exclude:
@@ -56,6 +57,8 @@ def choose_prunable(twin: tf_keras.Model, options: PruneOptions, sparsity: float
             return "tfmot does not prune depthwise kernels: few weights, much accuracy"
         if kernel.name in small:
             return f"among the smallest kernels, which hold {options.dense_share:g} of all weights together (compress.prune.dense_share)"
+        if kernel.name in ends:
+            return "the first or last kernel (compress.prune.dense_ends)"
         return _misfit(kernel, pattern)
 
     if options.spread != "erk" or _fixed(pattern):
@@ -94,6 +97,36 @@ def _smallest(twin: tf_keras.Model, options: PruneOptions) -> set[str]:
             break
         small.add(kernel.name)
     return small
+
+
+def _ends(twin: tf_keras.Model) -> set[str]:
+    """Kernels with no other kernel between them and an input or an output of the model."""
+    names = {kernel.name for kernel in kernels(twin)}
+    return {
+        name
+        for name in names
+        for neighbours in (_before, _behind)
+        if names.isdisjoint(_reached(twin.get_layer(name), neighbours))
+    }
+
+
+def _reached(layer: Any, neighbours: Callable[[Any], list[Any]]) -> set[str]:
+    found: set[str] = set()
+    left = neighbours(layer)
+    while left:
+        each = left.pop()
+        if each.name not in found:
+            found.add(each.name)
+            left += neighbours(each)
+    return found
+
+
+def _before(layer: Any) -> list[Any]:
+    return [each for node in layer._inbound_nodes for each in tf.nest.flatten(node.inbound_layers)]
+
+
+def _behind(layer: Any) -> list[Any]:
+    return [node.outbound_layer for node in layer._outbound_nodes]
 
 
 def _spread(found: list[Kernel], sparsity: float) -> dict[str, float]:

@@ -95,7 +95,7 @@ def _descend(walked: list[np.ndarray], level: Any, most: int) -> list[np.ndarray
     else:
         counts = np.diff(np.asarray(level.arraySegments.values, np.int64))
         index = np.asarray(level.arrayIndices.values, np.int64)
-    if len(counts) != places or (counts < 0).any() or counts.sum() != len(index):
+    if len(counts) != places or counts.sum() != len(index):
         raise ValueError(f"a level of {places} places does not fit {len(counts)} segments of {len(index)} indices")
     return [*(np.repeat(each, counts) for each in walked), index]
 

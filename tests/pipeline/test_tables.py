@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from components.delivery.proof import Kernel, Proof
+from components.delivery.zeros import Zeros
 from pipeline import tables
 from pipeline.results import Results
 
@@ -60,3 +62,26 @@ def test_predictions_are_a_line_each_or_json(capsys):
     assert capsys.readouterr().out == "cat\t0.932146\n"
     tables.show_predictions(answers, as_json=True)
     assert json.loads(capsys.readouterr().out) == answers
+
+
+def test_inspect_names_the_pattern_and_the_storage_of_each_kernel(capsys):
+    facts = {"operator": "FULLY_CONNECTED", "used_as": "y", "dtype": "int8", "scales": 1}
+    counts = {"shape": (8, 32), "sparsity": 0.5, "distinct": 9, "distinct_per_channel": 5}
+    held = Zeros(pattern="1x16", groups={"2": 1}, blocks={"1x16": 0.5})
+    kernels = (
+        Kernel(name="a", zeros=held, storage="sparse 1x16", **facts, **counts),
+        Kernel(name="b", **facts, **counts),
+    )
+    totals = dict.fromkeys(("bytes", "gzip_bytes", "parameters", "distinct_weights_max", "distinct_per_channel_max"), 1)
+    none = {"weight_dtypes": {}, "operators": {}, "float_operators": (), "flex": (), "custom": ()}
+    proof = Proof(sparsity=0.5, input_dtype="int8", output_dtype="int8", weights=kernels, **totals, **none)
+    tables.show_proof(proof, as_json=False)
+    first, second = (line.split() for line in capsys.readouterr().out.splitlines()[1:3])
+    assert first == ["a", "FULLY_CONNECTED", "8x32", "int8", "sparse", "1x16", "0.500", "1x16", "9", "5"]
+    assert second == ["b", "FULLY_CONNECTED", "8x32", "int8", "dense", "0.500", "none", "9", "5"]
+    tables.show_proof(proof, as_json=True)
+    assert json.loads(capsys.readouterr().out)["weights"][0]["zeros"] == {
+        "pattern": "1x16",
+        "groups": {"2": 1},
+        "blocks": {"1x16": 0.5},
+    }

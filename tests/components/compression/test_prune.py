@@ -35,6 +35,22 @@ def test_the_smallest_kernels_stay_dense_up_to_their_share():
     assert choose_prunable(twin(), everything, 0.7).names == {"tiny", "wide", "hidden", "out"}
 
 
+def test_the_ends_of_every_branch_stay_dense_where_that_is_asked_for():
+    image = layers.Input((8, 8, 4))
+    x = layers.ReLU()(layers.Conv2D(8, 3, padding="same", name="first")(image))
+    y = layers.Conv2D(8, 1, name="shortcut")(image)
+    x = layers.Add()([layers.Conv2D(8, 3, padding="same", name="inner")(x), y])
+    x = layers.Dense(8, name="hidden")(layers.GlobalAveragePooling2D()(x))
+    model = tf_keras.Model(image, [layers.Dense(3, name="head")(x), layers.Dense(2, name="other")(x)])
+    options = PruneOptions(dense_share=0.0, dense_ends=True, targets={"other": 0.5})
+    chosen = choose_prunable(model, options, 0.7)
+    assert chosen.names == {"inner", "hidden", "other"}
+    assert reasons(chosen) == dict.fromkeys(
+        ["first", "shortcut", "head"], "the first or last kernel (compress.prune.dense_ends)"
+    )
+    assert choose_prunable(model, PruneOptions(dense_share=0.0), 0.7).untreated == []
+
+
 def test_larger_kernels_become_sparser_so_that_the_mean_is_what_was_asked_for():
     found = [kernel for kernel in kernels(twin()) if kernel.name in ("wide", "hidden", "out")]
     sizes = {kernel.name: kernel.size for kernel in found}

@@ -85,6 +85,18 @@ def test_damaged_parameters_are_refused(parameters):
         densify(np.array([1, 2]), parameters, (2, 4))
 
 
+def test_one_stored_weight_does_not_fill_many_places():
+    parameters = walk([0, 1], None, level(2), level(0, [0, 1, 2], [1, 0]))
+    with pytest.raises(ValueError, match="2 places for 1 stored weights"):
+        densify(np.array([1]), parameters, (2, 4))
+
+
+def test_a_shape_beyond_memory_is_refused_before_it_is_made():
+    parameters = walk([0, 1], None, level(2), level(0, [0, 1, 2], [1, 0]))
+    with pytest.raises(ValueError, match=r"a kernel of shape \(2, 1073741824\) cannot be walked"):
+        densify(np.array([1, 2]), parameters, (2, 1 << 30))
+
+
 def masked(pattern, shape, seed=0):
     """True where a kernel of `shape` pruned to `pattern` is zero."""
     random = np.random.default_rng(seed)
