@@ -81,24 +81,32 @@ class Hosted(tf_keras.layers.Layer):
 
     @tf.autograph.experimental.do_not_convert  # Keras 3 does without
     def _update_and_compute(self, tensors: Sequence[Any], training: Any) -> Any:
-        outputs, scope = self.compute(tensors, training)
-        for variable, copy in zip(getattr(self.held, "variables", ()), self._copies, strict=True):
-            if not variable.trainable:  # statistics and random states
-                copy.assign(scope.get_current_value(variable))
+        outputs, changed = self.compute(tensors, training)
+        for copy, value in changed:  # statistics and random states; none at inference, or the converter would refuse
+            copy.assign(value)
         return outputs
 
-    def compute(self, tensors: Sequence[Any], training: Any) -> tuple[Any, keras.StatelessScope]:
-        """Outputs, and the scope that knows what became of the variables; changes nothing."""
+    def compute(self, tensors: Sequence[Any], training: Any) -> tuple[Any, list[tuple[Any, Any]]]:
+        """Outputs, and each variable that would change with its new value (None for one that is not of this layer)."""
         given = iter(tensors)
         args, kwargs = keras.tree.map_structure(
             lambda each: next(given) if isinstance(each, keras.KerasTensor) else each, self._arguments
         )
         if training is not None and isinstance(self.held, keras.Layer):
-            kwargs = {"training": training} | kwargs
-        variables = getattr(self.held, "variables", ())
-        state = [(variable, tf.convert_to_tensor(copy)) for variable, copy in zip(variables, self._copies, strict=True)]
-        with keras.StatelessScope(state) as scope:
-            return self.held(*args, **kwargs), scope
+            kwargs = {**kwargs, "training": training}
+        own = list(zip(self.held.variables, self._copies, strict=True)) if self._copies else []
+        scope = keras.StatelessScope([(variable, tf.convert_to_tensor(copy)) for variable, copy in own])
+        before = dict(scope.state_mapping)
+        with scope:
+            outputs = self.held(*args, **kwargs)
+        copies = {id(variable): copy for variable, copy in own}
+        after = scope.state_mapping.items()
+        return outputs, [(copies.get(key), value) for key, value in after if value is not before.get(key)]
+
+    def inputs_among(self, args: Any, kwargs: Any) -> list[Any]:
+        """The tensors to call this layer with, out of the arguments of a call of the Keras 3 layer."""
+        described, given = keras.tree.flatten(self._arguments), keras.tree.flatten([list(args), dict(kwargs)])
+        return [value for leaf, value in zip(described, given, strict=True) if isinstance(leaf, keras.KerasTensor)]
 
     @property
     def specs(self) -> list[tf.TensorSpec]:
@@ -154,14 +162,13 @@ def _refuse_foreign_state(layer: Hosted) -> None:
 
     Keras's global generator of random numbers is the case that occurs.
     """
-    own = {id(variable) for variable in layer.held.variables}
-    changed: list[int] = []
+    changed: list[Any] = []
 
     def trace(*tensors: tf.Tensor) -> None:
-        changed.extend(layer.compute(tensors, True)[1].state_mapping)
+        changed.extend(copy for copy, _ in layer.compute(tensors, True)[1])
 
     tf.function(trace, autograph=False).get_concrete_function(*layer.specs)
-    if not own.issuperset(changed):
+    if any(copy is None for copy in changed):
         raise ValueError(
             "in training it changes a variable that is not its own, as keras.random functions without seed=keras.random.SeedGenerator() do"
         )

@@ -182,14 +182,3 @@ def test_keras_3_stays_keras_3_beside_tfmot():
         "assert isinstance(model, keras.Model) and not isinstance(model, tf_keras.Model)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [("MobileNet", 64), ("MobileNetV2", 64), ("MobileNetV3Small", 64), ("ResNet50", 64), ("EfficientNetB0", 64)],
-)
-def test_well_known_architectures_have_twins(name, size):
-    model = getattr(keras.applications, name)(weights=None, input_shape=(size, size, 3), classes=10)
-    back = from_twin(to_twin(model), model)
-    assert all(np.array_equal(a, b) for a, b in zip(back.get_weights(), model.get_weights(), strict=True))

@@ -1,0 +1,276 @@
+"""Every model of keras.applications: its tf_keras twin, the way back, and what compression does with it.
+
+    .venv/bin/python benchmarks/twin_applications.py                  # twin and back, about 20 minutes on two cores
+    .venv/bin/python benchmarks/twin_applications.py --outcomes       # and one update of prune and of qat, exported: hours
+    .venv/bin/python benchmarks/twin_applications.py MobileNetV2 ...  # these only
+
+Weights are random. After initialization most of these models return the same for every input, and equal outputs would show
+nothing: so scales, offsets and biases are drawn anew under a seed, statistics are taken from pictures, the outputs compared
+are logits, and the table says how far these spread over different pictures. All pictures are SYNTHETIC (uniform noise):
+the outcomes say that a step runs, keeps its promises and leaves a file that loads, nothing about accuracy.
+
+Each model and step runs in a process of its own with a time limit. Results go to benchmarks/out/twin_applications.json after
+each; a second run does what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from typing import Any
+
+OUT = pathlib.Path(__file__).resolve().parent / "out" / "twin_applications.json"
+CLASSES = 10
+SMALLEST = {"Inception": 75, "Xception": 71}  # pixels; the builders of these refuse less
+STEPS = {"prune": "prune@0.5", "qat": "qat"}
+
+
+def names() -> list[str]:
+    import keras
+
+    return sorted(name for name, value in vars(keras.applications).items() if callable(value) and name[0].isupper())
+
+
+def build(name: str) -> Any:
+    """The model at the smallest input that its builder allows, 32 pixels at least, with logits that depend on the input."""
+    import keras
+
+    keras.utils.set_random_seed(0)
+    size = next((side for start, side in SMALLEST.items() if name.startswith(start)), 32)
+    make = getattr(keras.applications, name)
+    model = make(weights=None, input_shape=(size, size, 3), classes=CLASSES, classifier_activation=None)
+    scramble(model)
+    return model
+
+
+def scramble(model: Any) -> None:
+    """New scales, offsets and biases; then statistics of normalization as they are on pictures; kernels stay."""
+    import keras
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    for weight in model.trainable_weights:
+        if len(weight.shape) < 2:
+            low, high = (0.5, 1.5) if "gamma" in weight.path else (-0.2, 0.2)
+            weight.assign(random.uniform(low, high, weight.shape))
+    norms = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+    before = [layer.momentum for layer in norms]
+    for layer in norms:
+        layer.momentum = (
+            0.1  # a tenth of the initial variance stays: a channel that is dead on noise must not blow rounding up
+        )
+    if norms:
+        model(pictures(model, 16, seed=0), training=True)
+    for layer, momentum in zip(norms, before, strict=True):
+        layer.momentum = momentum
+
+
+def pictures(model: Any, count: int, seed: int) -> Any:
+    """SYNTHETIC: uniform noise in the range that the model asks for, [0, 255] where it rescales by itself, else [-1, 1]."""
+    import keras
+    import numpy as np
+
+    noise = np.random.default_rng(seed).random((count, *model.input_shape[1:]), np.float32)
+    rescales = any(isinstance(layer, keras.layers.Rescaling) for layer in model._flatten_layers())
+    return noise * 255 if rescales else noise * 2 - 1
+
+
+# --- one piece of work, in a process of its own ------------------------------------------------------------------
+
+
+def twin(name: str) -> dict[str, Any]:
+    """Outputs of twin and model on pictures that the check in `to_twin` has not seen, and of the model that came back."""
+    import numpy as np
+
+    from components.compression.hosted import Hosted
+    from components.compression.twin import _difference, from_twin, to_twin
+
+    model = build(name)
+    shown = pictures(model, 4, seed=1)
+    expected = model(shown, training=False)
+    found = tfmot_itself(model)
+    made = to_twin(model)
+    back = from_twin(made, model)
+    return {
+        **found,
+        "parameters": model.count_params(),
+        "pixels": model.input_shape[1],
+        "layers": len(made.layers),
+        "hosted": sum(isinstance(layer, Hosted) for layer in made.layers),
+        "spread": float(np.ptp(np.asarray(expected), axis=0).max() / np.abs(np.asarray(expected)).max()),
+        "difference": _difference(expected, made(shown, training=False)),
+        "back": _difference(expected, back(shown, training=False)),
+    }
+
+
+def tfmot_itself(model: Any) -> dict[str, Any]:
+    """What tfmot says to the Keras 3 model itself."""
+    import tensorflow_model_optimization as tfmot
+
+    try:
+        tfmot.sparsity.keras.prune_low_magnitude(model)
+    except ValueError as error:
+        return {"tfmot": f"ValueError: {str(error).splitlines()[0][:120]}"}
+    return {"tfmot": "accepts it"}
+
+
+def outcome(name: str, step: str) -> dict[str, Any]:
+    """One epoch of one update on synthetic pictures, exported: float32 after prune, int8 after qat."""
+    import numpy as np
+    import tensorflow as tf
+    from ai_edge_litert.interpreter import Interpreter
+
+    from components.artifacts import Batches, DataSpec, TrainedModel, write_json
+    from components.compression.compress import compress, load
+    from components.delivery.export import export
+    from components.delivery.proof import read_proof
+    from components.options import CompressOptions, ExportOptions, PruneOptions, QatOptions
+    from components.recipe import parse_recipe
+    from components.tracing import Trace
+
+    model = build(name)
+    x, y = pictures(model, 8, seed=2), np.arange(8, dtype=np.int32)
+    labels = tuple(f"class {number}" for number in range(CLASSES))
+    spec = DataSpec(task="classification", input_name="image", input_shape=model.input_shape[1:], labels=labels)
+    batches = Batches(
+        spec=spec,
+        training=lambda size, seed, first: tf.data.Dataset.from_tensor_slices((x, y)).repeat().batch(size, True),
+        ordered=lambda split, size: tf.data.Dataset.from_tensor_slices((x, y)).batch(size),
+        rows={"train": 8, "validation": 0},
+    )
+    options = CompressOptions(
+        prune=PruneOptions(epochs=1, learning_rate=1e-5), qat=QatOptions(epochs=1, learning_rate=1e-5)
+    )
+    with tempfile.TemporaryDirectory() as text:
+        folder = pathlib.Path(text)
+        model.save(folder / "model.keras")
+        write_json(folder / "trained.json", {"outputs": "logits"})
+        (path,) = parse_recipe(STEPS[step], options.strengths).prefixes()
+        (folder / step).mkdir()
+        made = compress(
+            path[-1],
+            path,
+            options,
+            TrainedModel(folder),
+            None,
+            batches,
+            folder / step,
+            strategy=tf.distribute.get_strategy(),
+            batch_size=8,
+            seed=0,
+            trace=Trace(),
+        )
+        format = "int8" if step == "qat" else "float32"
+        file = export(
+            STEPS[step],
+            format,
+            load(made),
+            spec,
+            "logits",
+            ExportOptions(),
+            x,
+            folder,
+            promises=made.promises,
+            untreated=made.facts["untreated"],
+            seed=0,
+            trace=Trace(),
+        )
+        interpreter = Interpreter(str(file.file))
+        interpreter.allocate_tensors()
+        proof = read_proof(file.file)
+        return {
+            "bytes": proof.bytes,
+            "gzip_bytes": proof.gzip_bytes,
+            "promises": len(made.promises),
+            "untreated": len(made.facts["untreated"]),
+            "float_operators": list(proof.float_operators) if format == "int8" else [],
+        }
+
+
+def work(name: str, piece: str) -> None:
+    """Prints the result as the last line."""
+    clock = time.monotonic()
+    try:
+        result = twin(name) if piece == "twin" else outcome(name, piece)
+    except Exception as error:
+        traceback.print_exc()
+        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        result = {"error": f"{type(error).__name__}: {first[:400]}"}
+    print(json.dumps({**result, "seconds": round(time.monotonic() - clock, 1)}))
+
+
+# --- all of them -------------------------------------------------------------------------------------------------
+
+
+def run(name: str, piece: str, limit: float) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--work", piece, name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {limit:g} s"}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        return {"error": f"the process ended with {done.returncode}: {done.stderr.strip()[-200:]}"}
+    return json.loads(lines[-1])
+
+
+def table(results: dict[str, dict[str, Any]], pieces: list[str]) -> str:
+    head = ["model", "parameters", "twin differs by", "back differs by", "spread", "layers hosted", "tfmot itself"]
+    head += [step for step in STEPS if step in pieces]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for name, found in sorted(results.items()):
+        cells = [name, *_twin_cells(found.get("twin", {}))]
+        cells += [_outcome_cell(found.get(step, {})) for step in STEPS if step in pieces]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _twin_cells(found: dict[str, Any]) -> list[str]:
+    if "difference" not in found:
+        return ["", found.get("error", "not run"), "", "", "", ""]
+    hosted = f"{found['hosted']} of {found['layers']}"
+    measured = [f"{found[key]:.1e}" for key in ("difference", "back", "spread")]
+    return [f"{found['parameters']:,}", *measured, hosted, found["tfmot"].partition(":")[0]]
+
+
+def _outcome_cell(found: dict[str, Any]) -> str:
+    if "bytes" not in found:
+        return found.get("error", "not run")
+    floats = f", float: {', '.join(found['float_operators'])}" if found["float_operators"] else ""
+    return f"{found['bytes']:,} bytes, {found['untreated']} layers left alone{floats}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", help="default: all")
+    parser.add_argument("--outcomes", action="store_true", help="one update of prune and of qat each")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds for each piece of work")
+    parser.add_argument("--out", type=pathlib.Path, default=OUT)
+    parser.add_argument("--again", action="store_true", help="do not reuse earlier results")
+    parser.add_argument("--work", choices=["twin", *STEPS], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(options.models[0], options.work)
+        return
+    pieces = ["twin", *(STEPS if options.outcomes else ())]
+    results = json.loads(options.out.read_text()) if options.out.exists() and not options.again else {}
+    options.out.parent.mkdir(exist_ok=True)
+    for name in options.models or names():
+        for piece in pieces:
+            if "error" in results.setdefault(name, {}).get(piece, {"error": ""}):
+                results[name][piece] = run(name, piece, options.limit)
+                options.out.write_text(json.dumps(results, indent=1) + "\n")
+                print(f"{name} {piece}: {results[name][piece]}", file=sys.stderr, flush=True)
+    print(table(results, pieces))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    main()
