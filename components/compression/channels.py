@@ -2,8 +2,8 @@
 
     twin --choose_channels(strength)--> Cut --shrink()--> smaller twin, to be fine-tuned
 
-Filters with small norms go first (Li et al. 2017, arXiv 1608.08710), or those with small scales of the batch
-normalization behind them (Liu et al. 2017, arXiv 1708.06519). tfmot has nothing for this (its issues 541 and 732).
+Filters with small scales of the batch normalization behind them go first (Liu et al. 2017, arXiv 1708.06519), or those
+with small norms (Li et al. 2017, arXiv 1608.08710). tfmot has nothing for this (its issues 541 and 732).
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _steps(channels: Channels, options: ChannelsOptions, values: np.ndarray) -> 
     """Step after step until nothing more may go: the least important channels of the whole network first.
 
     Taking the same share of every group instead was worse on validation rows (ResNet-8, Fashion-MNIST, half of the
-    multiply-adds, 200 updates after the cut): 0.835 against 0.845 by l2, 0.861 against 0.863 by batch_norm.
+    multiply-adds, 200 updates after the cut): 0.861 against 0.863 by batch_norm, 0.835 against 0.845 by l2.
     """
     found = []
     for number, group in enumerate(channels.groups()):
@@ -183,7 +183,7 @@ def _values(flow: Flow, kind: str) -> np.ndarray:
     """One value for each output channel; the norm is that of the kernel with batch normalization folded into it.
 
     Behind normalization the size of a kernel means nothing: twice the kernel gives the same output. Measured as in
-    `_steps`: 0.845, without folding 0.830.
+    `_steps`, two seeds: 0.845, without folding 0.830.
     """
     scale, gamma = _normalization(flow)
     if kind == "batch_norm" and gamma is not None:

@@ -1,10 +1,7 @@
 """Channels are followed through graphs, ranked, cut, and found cut in the file."""
 
 import math
-import os
 import pathlib
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -208,8 +205,9 @@ def test_without_a_normalization_behind_it_a_layer_is_judged_by_its_norm():
     model = tf_keras.Model(image, layers.Dense(1)(layers.Flatten()(x)))
     model.get_layer("conv").set_weights([np.array([[[[3.0, 1.0]]]])])
     channels = trace_channels(model)
-    values = importance(channels, ChannelsOptions(importance="batch_norm"))
-    assert list(values[channels.flows["conv"].outputs]) == [1.5, 0.5]
+    for kind in ("batch_norm", "l2", "l1"):
+        values = importance(channels, ChannelsOptions(importance=kind))
+        assert list(values[channels.flows["conv"].outputs]) == [1.5, 0.5]
 
 
 def test_a_residual_stream_is_judged_by_all_that_is_added_to_it():
@@ -363,24 +361,18 @@ def test_it_runs_on_two_devices_with_the_result_of_one(two_devices, base, batche
     assert made.facts["reports"]["channels@0.5"] == one.facts["reports"]["channels@0.5"]
 
 
-def _run(folder: pathlib.Path, die_at: float) -> int:
-    here = pathlib.Path(__file__).parent
-    paths = os.pathsep.join((str(here.parents[2]), str(here)))
-    command = [sys.executable, str(here / "killed.py"), str(folder), "channels+prune", "channels", str(die_at)]
-    return subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, check=False).returncode
+def test_interrupted_in_an_epoch_it_goes_on_to_the_same_bits(base, batches, compressed, tmp_path):
+    def stop(done: float, total: float, note: str) -> None:
+        if done >= 1.6:
+            raise KeyboardInterrupt
 
-
-@pytest.mark.slow  # three processes, each of which loads TensorFlow
-def test_killed_at_an_epoch_it_goes_on_to_the_same_bits(tmp_path):
-    from .conftest import train_small
-
-    train_small(tmp_path / "base")
-    assert _run(tmp_path / "whole", 0) == 0
-    assert _run(tmp_path / "killed", 1.6) == -9
-    assert _run(tmp_path / "killed", 0) == 0
-    for whole in sorted((tmp_path / "whole").iterdir()):
-        other = tmp_path / "killed" / whole.name
-        assert (other / "compressed.json").read_text() == (whole / "compressed.json").read_text()
-        with np.load(whole / "weights.npz") as ours, np.load(other / "weights.npz") as theirs:
-            assert ours.files == theirs.files
-            assert all(np.array_equal(ours[name], theirs[name]) for name in ours.files)
+    with pytest.raises(KeyboardInterrupt):
+        carry_out("channels", tmp_path, base, batches, {}, trace=Trace(on_progress=stop))
+    epochs: list[float] = []
+    trace = Trace(on_progress=lambda done, *_: epochs.append(done))
+    resumed, whole = carry_out("channels", tmp_path, base, batches, {}, trace=trace), compressed("channels")
+    assert min(epochs) > 1, "an epoch that was done has been done again"
+    assert resumed.facts == whole.facts
+    with np.load(whole.folder / "weights.npz") as ours, np.load(resumed.folder / "weights.npz") as theirs:
+        assert ours.files == theirs.files
+        assert all(np.array_equal(ours[name], theirs[name]) for name in ours.files)
