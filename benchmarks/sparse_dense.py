@@ -6,8 +6,8 @@ The network is 784-1024-1024-1024-10. Bars, each the mean over the seeds: one th
 at most 0.15x, at most 0.5 point of test accuracy lost against plain int8 of the same base model. Nothing was tuned on
 the test split.
 
-TFLite has no vector kernel for sparse int8 on x86, so its time goes with the number of blocks that are left: some 5 ns each
-here, and at a sparsity of 0.9 that is no less than XNNPACK needs for all weights. Hence 0.95.
+The time of TFLite's sparse int8 kernel goes with the number of blocks that are left, some 5 ns each on the machine where
+this was written; at a sparsity of 0.9 that is no less than XNNPACK needs for all weights. Hence 0.95.
 
 Latency: both files are loaded at once and timed in turns of TURN runs, so that both see the same machine; the ratio is
 that of the medians over all turns. What is trained is cached in the workspace: run again, it times again and trains

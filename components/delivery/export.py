@@ -306,18 +306,25 @@ def _write_face(
     )
 
 
-def _check_storage(proof: Proof, recipe: str) -> None:
-    """Refuses a file that XNNPACK does not load: a dense layer with an int8 kernel stored sparse in other blocks than 1x16.
+# How the kernel of a dense layer may be stored, where that is not all one, and why.
+_STORABLE = {
+    "int8": (("dense", "sparse 1x16"), "XNNPACK loads sparse int8 kernels of dense layers in blocks of 1x16 only"),
+    "float16": (("dense", "sparse"), "TFLite makes NaN of float16 blocks"),
+}
 
-    A recipe with sparse storage prunes in such blocks; but the converter looks at each kernel, and one that was left alone
+
+def _check_storage(proof: Proof, recipe: str) -> None:
+    """Refuses a file that the runtime does not load, or answers nonsense with.
+
+    The grammar of recipes refuses what must go wrong; but the converter looks at each kernel, and one that was left alone
     may hold enough zeros by chance.
     """
     for kernel in proof.weights:
-        loads = kernel.dtype != "int8" or kernel.storage in ("dense", "sparse 1x16")
-        if kernel.operator == "FULLY_CONNECTED" and not loads:
+        fine, why = _STORABLE.get(kernel.dtype, ((kernel.storage,), ""))
+        if kernel.operator == "FULLY_CONNECTED" and kernel.storage not in fine:
             raise ModelError(
                 f"export '{recipe}': the converter stored tensor '{kernel.name.partition(';')[0]}' {kernel.storage}, since {kernel.sparsity:.2f} of it are zero, "
-                "and XNNPACK loads sparse int8 kernels of dense layers in blocks of 1x16 only; drop '+sparse', or have prune treat that layer (compress.prune.dense_share, exclude)."
+                f"and {why}; drop '+sparse', or have prune treat that layer (compress.prune.dense_share, exclude)."
             )
 
 
