@@ -165,7 +165,7 @@ class Toy:
     spec: DataSpec = DataSpec(task="classification", input_name="image", input_shape=(12, 12, 1), labels=tuple("abcd"))
 
     def export(self, folder, format, *, options=None, model=None, **more):
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True, parents=True)
         more = {"seed": 0, "trace": Trace(), "calibration": self.inputs[:96], "labels": self.labels[:96], **more}
         calibration = more.pop("calibration")
         given = (model or self.model, self.spec, "logits", options or ExportOptions(), calibration, folder)
