@@ -228,7 +228,19 @@ class Distillation(Options):
 class TrainDistillation(Distillation):
     """A trained model guides the base training (Hinton et al. 2015, arXiv 1503.02531)."""
 
-    teacher: list[str] = Field(min_length=1, description="Keras 3 `.keras` files; the answers of several are averaged.")
+    teacher: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="Keras 3 `.keras` files; the answers of several are averaged."
+    )
+    teacher_model: ModelOptions | None = Field(
+        None, description="A model that is trained in the same run first, as `train` says, and then teaches."
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _exactly_one(self) -> TrainDistillation:
+        if (self.teacher is None) == (self.teacher_model is None):
+            given = "none" if self.teacher is None else "both"
+            raise ValueError(f"give exactly one of teacher, teacher_model; got {given}")
+        return self
 
 
 class CompressDistillation(Distillation):

@@ -248,20 +248,28 @@ def _path_places(data: dict[str, Any]) -> Iterator[tuple[Any, Any, KeyPath]]:
     In every kind of source these are the fields that start with the split whose records they hold; beside it, files of models.
     """
     places: list[tuple[Any, Any, KeyPath]] = [(data, "workspace", ("workspace",))]
-    if isinstance(model := data.get("model"), dict):
-        places += [(model, key, ("model", key)) for key in ("file", "builder")]
+    for where in (("model",), ("train", "distill", "teacher_model")):
+        if isinstance(model := _at(data, where), dict):
+            places += [(model, key, (*where, key)) for key in ("file", "builder")]
     if isinstance(source := data.get("source"), dict):
         for key in filter(lambda key: key.startswith(("train", "test")), source):
             if isinstance(files := source[key], list):
                 places += [(files, index, ("source", key, index)) for index in range(len(files))]
             places.append((source, key, ("source", key)))
     for section in ("train", "compress"):
-        distill = stage.get("distill") if isinstance(stage := data.get(section), dict) else None
-        if isinstance(distill, dict) and isinstance(files := distill.get("teacher"), list):
-            places += [(files, index, (section, "distill", "teacher", index)) for index in range(len(files))]
+        teachers = (section, "distill", "teacher")
+        if isinstance(files := _at(data, teachers), list):
+            places += [(files, index, (*teachers, index)) for index in range(len(files))]
     for container, key, path in places:
         if isinstance(container, list) or key in container:
             yield container, key, path
+
+
+def _at(data: Any, path: tuple[str, ...]) -> Any:
+    """What stands at `path`, None where nothing does."""
+    for key in path:
+        data = data.get(key) if isinstance(data, dict) else None
+    return data
 
 
 def _resolve_paths(data: dict[str, Any], origin: Origin) -> None:

@@ -11,11 +11,10 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 
 from components.errors import ConfigError
-from components.options import CompressDistillation, TrainDistillation
 from components.recipe import Recipe
 from pipeline.config import Config
 from pipeline.fingerprint import ContentIndex, fingerprint
-from pipeline.stages import JOURNEY, STAGES, Stage, parse_step, prefix_name, teacher_files
+from pipeline.stages import JOURNEY, STAGES, TEACHER, Stage, parse_step, prefix_name, teacher_config, teacher_files
 from pipeline.store import Key, Store
 
 
@@ -26,6 +25,7 @@ class Step:
     Attributes:
       name: Unique in the plan: 'train', 'compress prune@0.7', 'export int8'.
       stage: Its row in the journey.
+      config: What it is told: the run's own, or its teacher's.
       recipe: What it carries out; None for stages that know no recipes.
       takes: Names of the steps whose artifacts it reads.
       key: Where its artifact is in the store, if every input succeeds.
@@ -33,6 +33,7 @@ class Step:
 
     name: str
     stage: Stage
+    config: Config
     recipe: Recipe | None
     takes: tuple[str, ...]
     key: Key
@@ -85,18 +86,21 @@ def make_plan(config: Config, *, until: str | None = None) -> Plan:
     store, index = Store(workspace / "store"), ContentIndex(workspace / "content.json")
     content = {
         "preprocess": _source_content(config, index),
-        "train": _model_content(config, index) + _teacher_content(config.train.distill, index),
-        "compress": _teacher_content(config.compress.distill, index),
+        "train": _train_content(config, index),
+        "compress": _files_content(teacher_files(config.compress.distill), index),
     }
+    taught = teacher_config(config)
+    taught_content = {"train": _train_content(taught, index)} if taught is not None else {}
     index.save()
     steps: dict[str, Step] = {}
     for name, stage, recipe, takes in _layout(config):
-        options = stage.options(config, recipe)
+        its, read = (taught, taught_content) if taught is not None and name == TEACHER else (config, content)
+        options = stage.options(its, recipe)
         if stage.name == "preprocess":
             options["source"] = {k: v for k, v in options["source"].items() if not _is_path(k)}
         inputs = [steps[each].key.fingerprint for each in takes]
-        key = Key(stage.name, fingerprint(stage, options, inputs, content.get(stage.name, ())))
-        steps[name] = Step(name, stage, recipe, takes, key)
+        key = Key(stage.name, fingerprint(stage, options, inputs, read.get(stage.name, ())))
+        steps[name] = Step(name, stage, its, recipe, takes, key)
     names = [stage.name for stage in JOURNEY]
     last = len(names) - 1 if until is None else names.index(until)
     walked = tuple(step for step in steps.values() if names.index(step.stage.name) <= last)
@@ -124,7 +128,10 @@ def _layout(config: Config) -> Iterator[tuple[str, Stage, Recipe | None, tuple[s
     """(name, stage, recipe, takes) of every step, in the order in which they are walked."""
     wanted = recipes(config)
     yield "preprocess", STAGES["preprocess"], None, ()
-    yield "train", STAGES["train"], None, ("preprocess",)
+    teacher = (TEACHER,) if teacher_config(config) is not None else ()
+    for name in teacher:
+        yield name, STAGES["train"], None, ("preprocess",)
+    yield "train", STAGES["train"], None, ("preprocess", *teacher)
     prefixes = {prefix_name(path): path for recipe in wanted for path in recipe.prefixes()}
     for name, path in sorted(prefixes.items(), key=lambda item: len(item[1])):
         before = ("preprocess", "train") if len(path) == 1 else ("preprocess", "train", prefix_name(path[:-1]))
@@ -156,8 +163,12 @@ def _source_content(config: Config, index: ContentIndex) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _teacher_content(distill: TrainDistillation | CompressDistillation | None, index: ContentIndex) -> tuple[str, ...]:
-    return tuple(index.digest(file) for file in teacher_files(distill))
+def _train_content(config: Config, index: ContentIndex) -> tuple[str, ...]:
+    return _model_content(config, index) + _files_content(teacher_files(config.train.distill), index)
+
+
+def _files_content(files: Iterable[pathlib.Path], index: ContentIndex) -> tuple[str, ...]:
+    return tuple(map(index.digest, files))
 
 
 def _model_content(config: Config, index: ContentIndex) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from components.errors import ConfigError, TrimlineError
 from pipeline.config import Config
 from pipeline.fingerprint import fingerprint
 from pipeline.plan import Plan, Step, recipes
-from pipeline.stages import Stage, teacher_files
+from pipeline.stages import Stage, teacher_config, teacher_files
 from pipeline.store import Key
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ def _key(plan: Plan) -> Key:
         "recipes": list(map(str, recipes(plan.config))),
         "spec": spec.to_json() if spec else None,
         "train": train.stage.name,
+        "teacher_model": taught.model.model_dump() if (taught := teacher_config(plan.config)) else None,
         "teachers": {section: len(files) for section, files in _teachers(plan.config).items()},
     }
     content = (*plan.content.get("train", ()), *plan.content.get("compress", ()))
@@ -123,6 +124,8 @@ def _probe(plan: Plan) -> list[Finding]:
     try:
         for section, files in _teachers(plan.config).items():
             load_teachers(files, spec, plan.config.model, where=f"{section}.distill.teacher")
+        if (taught := teacher_config(plan.config)) is not None:
+            build(taught.model, spec, seed=plan.config.seed)
         model = build(plan.config.model, spec, seed=plan.config.seed)
     except TrimlineError as error:
         return [Finding("error", str(error))]

@@ -159,7 +159,7 @@ def _carry_out(
             with trace:
                 taken = {name: done[name] for name in step.takes if name in done}
                 step.stage.run(
-                    Call(step.name, plan.config, partial, taken, step.recipe, dict(failures), seconds, trace)
+                    Call(step.name, step.config, partial, taken, step.recipe, dict(failures), seconds, trace)
                 )
             gc.collect()
 

@@ -120,26 +120,40 @@ def _teachers(call: Call, section: str) -> Callable[[], tuple[Any, ...]]:
     """Loads whoever teaches in `train` or `compress`; asked only where the section says distill."""
     from components.training.teacher import load_teachers
 
-    distill = getattr(call.config, section).distill
+    distill, like = getattr(call.config, section).distill, call.config.model
     files = teacher_files(distill)
     outputs = None
     if distill is not None and not files:
-        trained = TrainedModel(call.takes["train"])
+        trained = TrainedModel(call.takes["train" if section == "compress" else TEACHER])
         files, outputs = [trained.file], trained.facts["outputs"]
+        like = like if section == "compress" else distill.teacher_model
     where = f"{section}.distill.teacher"
-    return functools.partial(load_teachers, files, call.data.spec, call.config.model, where=where, outputs=outputs)
+    return functools.partial(load_teachers, files, call.data.spec, like, where=where, outputs=outputs)
 
 
 def teacher_files(distill: TrainDistillation | CompressDistillation | None) -> list[pathlib.Path]:
-    """The files that teach; none where it is the run's own model, or nobody."""
-    return [pathlib.Path(name) for name in distill.teacher] if distill and distill.teacher != "base" else []
+    """The files that teach; none where it is a model of the run, or nobody."""
+    named = distill.teacher if distill else None
+    return [] if named is None or named == "base" else [pathlib.Path(name) for name in named]
+
+
+def teacher_config(config: Config) -> Config | None:
+    """The configuration under which the teacher of the base training is trained: there, it is the model.
+
+    So it is the very step of a run of that model alone, and is found in the store where there was one.
+    """
+    distill = config.train.distill
+    if distill is None or distill.teacher_model is None:
+        return None
+    train = config.train.model_copy(update={"distill": None})
+    return config.model_copy(update={"model": distill.teacher_model, "train": train})
 
 
 def _distill_facts(distill: TrainDistillation | CompressDistillation | None) -> dict[str, Any] | None:
     """For a fingerprint: files count by their content, which the plan adds, not by their paths."""
     if distill is None:
         return None
-    return {**distill.model_dump(), "teacher": len(teacher_files(distill)) or "base"}
+    return {**distill.model_dump(), "teacher": len(teacher_files(distill)) or "own"}
 
 
 def _train(call: Call) -> None:
@@ -306,6 +320,10 @@ def _relative(path: pathlib.Path) -> str:
 def _recipe(call: Call) -> Recipe:
     assert call.recipe is not None, "the plan gives every compress, export and measure step its recipe"
     return call.recipe
+
+
+TEACHER = "train teacher"
+"""Name of the step that trains `train.distill.teacher_model`."""
 
 
 def prefix_name(steps: tuple[Any, ...]) -> str:

@@ -224,6 +224,11 @@ REFUSED = {
     "only; drop '+sparse', or write 'prune@0.9:1x16+int8+sparse' or 'prune@0.9:1x4+float32+sparse'.",
     "compress: {recipes: [prune@0.5+cluster@2]}": "my.yaml:4: compress.recipes 'prune@0.5+cluster@2': clusters must be at "
     "least 3 after prune, since zero is one of them, got 2; write cluster@3 or more.",
+    "train: {distill: {}}": "my.yaml:4: train.distill: give exactly one of teacher, teacher_model; got none.",
+    "train: {distill: {teacher: [rows.csv], teacher_model: {name: cnn}}}": "my.yaml:4: train.distill: give exactly one of "
+    "teacher, teacher_model; got both.",
+    "train: {distill: {teacher_model: {builder: b.py:f}}}": "my.yaml:4: train.distill.teacher_model.builder must be a file "
+    "that exists, got '{here}/b.py'; correct the path.",
     "workspace: ''": "my.yaml:4: workspace must name a file or folder, got ''; write its path.",
     'workspace: "a\\0b"': "my.yaml:4: workspace must name a file or folder, got 'a\\x00b'; write its path.",
 }
@@ -231,7 +236,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("text", REFUSED, ids=lambda text: text[:40])
 def test_a_fault_is_one_line_with_place_rule_value_and_next_step(here, text):
-    assert refusal(BASE + text + "\n") == REFUSED[text]
+    assert refusal(BASE + text + "\n") == REFUSED[text].replace("{here}", str(here))
 
 
 SOURCES = {

@@ -127,6 +127,29 @@ def test_a_teacher_counts_by_content_and_not_by_path(tmp_path):
     assert own["compress prune@0.5"] not in (key("compress", "a")[1], keys(tmp_path)["compress prune@0.5"])
 
 
+def test_a_teacher_of_the_same_run_is_trained_first_and_is_the_step_of_a_run_of_its_own(tmp_path):
+    large = {"name": "resnet8"}
+    plan = make_plan(config(tmp_path, train__distill={"teacher_model": large}))
+    assert [step.name for step in plan.steps][:3] == ["preprocess", "train teacher", "train"]
+    teacher, student = plan.steps[1:3]
+    assert teacher.takes == ("preprocess",)
+    assert student.takes == ("preprocess", "train teacher")
+    assert (teacher.config.model.name, teacher.config.train.distill) == ("resnet8", None)
+    assert student.config.model.name == "cnn"
+    assert teacher.key == keys(tmp_path, model=large)["train"]
+    assert student.key != keys(tmp_path)["train"]
+    wider = keys(tmp_path, train__distill={"teacher_model": {**large, "options": {"width": 8}}})
+    assert wider["train"] != student.key
+    file = tmp_path / "mine.py"
+
+    def with_builder(text):
+        file.write_text(text)
+        return keys(tmp_path, train__distill={"teacher_model": {"builder": f"{file}:build"}})
+
+    before, after = with_builder("def build(): return 1"), with_builder("def build(): return 22")
+    assert [before[name] != after[name] for name in ("train teacher", "train")] == [True, True]
+
+
 def test_until_ends_the_plan_after_that_stage(tmp_path):
     assert make_plan(config(tmp_path), until="train").steps[-1].name == "train"
 

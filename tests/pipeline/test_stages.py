@@ -20,12 +20,12 @@ def saved(folder, seed: int):
     return model
 
 
-def call(tmp_path, **distill) -> Call:
+def call(tmp_path, section: str = "compress", **distill) -> Call:
     value = {"name": "t", "source": {"kind": "digits"}, "model": {"name": "mlp"}}
-    value["compress"] = {"distill": distill}
+    value[section] = {"distill": distill}
     write_json(tmp_path / "manifest.json", {"spec": SPEC})
     write_json(tmp_path / "train" / "trained.json", {"outputs": "probabilities"})
-    takes = {"preprocess": tmp_path, "train": tmp_path / "train"}
+    takes = {"preprocess": tmp_path, "train" if section == "compress" else "train teacher": tmp_path / "train"}
     return Call("compress qat", from_dict(value), tmp_path, takes, None, {}, {}, Trace())
 
 
@@ -40,3 +40,11 @@ def test_the_base_teaches_with_the_outputs_that_it_was_trained_with_and_files_wi
     assert (first.outputs, second.outputs) == ("logits", "logits")
     np.testing.assert_array_equal(first.answer(x), other(x))
     np.testing.assert_array_equal(second.answer(x), base(x))
+
+
+def test_the_model_that_was_trained_to_teach_teaches_the_base_training(tmp_path):
+    large = saved(tmp_path / "train", 1)
+    (teacher,) = _teachers(call(tmp_path, "train", teacher_model={"name": "cnn"}), "train")()
+    assert teacher.outputs == "probabilities"
+    x = np.ones((3, 4), np.float32)
+    np.testing.assert_array_equal(teacher.answer(x), large(x))

@@ -27,7 +27,7 @@ from components.recipe import parse_recipe
 from components.tracing import Trace
 from components.training.teacher import load_teachers
 
-from .conftest import OPTIONS, SPEC, carry_out, draw, small_model, trained
+from .conftest import OPTIONS, SPEC, batches_of, carry_out, draw, small_model, trained
 
 RECIPES = ["prune", "cluster", "prune+cluster", "qat", "prune+qat", "cluster+qat", "prune+cluster+qat"]
 
@@ -176,15 +176,28 @@ def test_it_runs_on_two_devices_with_the_result_of_one(two_devices, base, batche
         assert ours.sparsity == pytest.approx(theirs.sparsity, abs=0.01)
 
 
-def test_every_step_learns_from_the_teacher_on_one_device_as_on_two(two_devices, base, batches, compressed, tmp_path):
-    options = OPTIONS.model_copy(update={"distill": CompressDistillation(weight=0.9, temperature=2.0)})
+def taught_by(base, weight: float = 0.9) -> dict:
+    """For `carry_out`: the base model as the teacher of every step."""
     like = ModelOptions(file=str(base.file))
-    teachers = functools.partial(load_teachers, [base.file], SPEC, like, where="compress.distill.teacher")
-    mirrored = tf.distribute.MirroredStrategy(two_devices)
+    return {
+        "options": OPTIONS.model_copy(update={"distill": CompressDistillation(weight=weight)}),
+        "teachers": functools.partial(load_teachers, [base.file], SPEC, like, where="compress.distill.teacher"),
+    }
+
+
+def test_a_step_learns_from_the_teacher_alone_at_full_weight(base, tmp_path):
+    x, y = draw(192, 0)
+    wrong = batches_of(SPEC, train=(x, (y + 1) % 3), validation=draw(60, 1))
+    made = carry_out("qat", tmp_path, base, wrong, {}, **taught_by(base, weight=1.0))
+    assert made.facts["validation"]["accuracy"] > 0.8, "the labels are all wrong, the teacher is not"
+
+
+@pytest.mark.slow  # compiles each step's training twice, once of it on two devices
+def test_every_step_learns_from_the_teacher_on_two_devices_as_on_one(two_devices, base, batches, compressed, tmp_path):
     one, two = {}, {}
-    for done, more in ((one, {}), (two, {"strategy": mirrored})):
-        folder = tmp_path / ("two" if more else "one")
-        carry_out("prune+qat", folder, base, batches, done, options=options, teachers=teachers, **more)
+    carry_out("prune+qat", tmp_path / "one", base, batches, one, **taught_by(base))
+    mirrored = tf.distribute.MirroredStrategy(two_devices)
+    carry_out("prune+qat", tmp_path / "two", base, batches, two, strategy=mirrored, **taught_by(base))
     for recipe, made in one.items():
         assert made.facts["validation"] != compressed(recipe).facts["validation"], f"{recipe} did not hear the teacher"
         assert made.facts["validation"]["loss"] == pytest.approx(two[recipe].facts["validation"]["loss"], abs=0.05)

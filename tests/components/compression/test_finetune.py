@@ -154,6 +154,22 @@ def test_a_taught_training_goes_on_to_the_same_weights(tmp_path):
     assert not np.array_equal(undisturbed.get_weights()[0], untaught.get_weights()[0])
 
 
+def test_two_devices_learn_from_a_teacher_what_one_learns(two_devices, tmp_path):
+    made = []
+    for name, strategy in (("one", tf.distribute.get_strategy()), ("two", tf.distribute.MirroredStrategy(two_devices))):
+        with strategy.scope():
+            tf_keras.utils.set_random_seed(5)
+            image = tf_keras.layers.Input((8, 8, 1))
+            penalty = tf_keras.regularizers.L2(0.01)
+            dense = tf_keras.layers.Dense(3, kernel_regularizer=penalty)
+            model = tf_keras.Model(image, dense(tf_keras.layers.Flatten()(image)))
+        options = FineTune(epochs=2, learning_rate=0.01)
+        got = finetune(model, setting(tmp_path / name, strategy=strategy, options=options, lesson=lesson()))
+        made.append([*model.get_weights(), np.float32(got["loss"])])
+    for one, two in zip(*made, strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-4)
+
+
 def test_regression_learns_from_a_teacher(tmp_path):
     """Labels are noise; the teacher is right, and all the weight is its own."""
     x = np.random.default_rng(0).random((128, 1)).astype(np.float32)
