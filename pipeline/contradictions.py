@@ -1,0 +1,158 @@
+"""Contradictions: what no single key of a configuration shows to be wrong, because two of them do not go together."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from components.errors import ConfigError
+from components.options import CsvSource, IdxSource, LineSource
+from components.recipe import IO, Recipe, parse_recipe
+from pipeline.yaml_text import KeyPath, dotted, shown
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+"""What a run may be called: a folder is named after it."""
+
+
+def contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    """(place, the rule with value and next step) of what cannot be, though every value is legal on its own."""
+    if not re.fullmatch(NAME, config.name) or config.name.lower() == "store":
+        yield (
+            ("name",),
+            "name must be letters, digits, '.', '_' and '-', at most 64, starting with a letter or digit, and not "
+            f"'store', got {shown(config.name)}; choose another.",
+        )
+    yield from _source_contradictions(config)
+    yield from _training_contradictions(config)
+    yield from _compression_contradictions(config)
+
+
+def _source_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    source, preprocess = config.source, config.preprocess
+    if isinstance(source, IdxSource) and (source.test_images is None) != (source.test_labels is None):
+        given, absent = ("images", "labels") if source.test_images else ("labels", "images")
+        yield (
+            ("source", f"test_{given}"),
+            f"source.test_{given} must come with source.test_{absent}, got it alone; give both or neither.",
+        )
+    if isinstance(source, LineSource) and config.task == "classification":
+        yield ("task",), "task must be regression or auto for source kind line, got classification; leave it out."
+    named = {("preprocess", "splits", "group"): [preprocess.splits.group] if preprocess.splits.group else []}
+    named |= {("preprocess", "columns", name): [name] for name in preprocess.columns}
+    for path, columns in named.items():
+        yield from _unknown_columns(config, path, columns)
+    if isinstance(source, CsvSource) and source.columns is not None:
+        yield from _unknown_columns(config, ("source", "label"), [source.label])
+
+
+def _unknown_columns(config: Config, path: KeyPath, names: Sequence[str]) -> Iterator[tuple[KeyPath, str]]:
+    """Columns that a table cannot have; a header line is read later, by `plan`."""
+    for name in names:
+        if not isinstance(config.source, CsvSource):
+            kind = config.source.kind
+            yield path, f"{dotted(path)} must have a source of kind csv, got '{name}' for kind {kind}; leave it out."
+        elif config.source.columns is not None and name not in config.source.columns:
+            near = difflib.get_close_matches(name, config.source.columns, n=1)
+            step = f"did you mean '{near[0]}'?" if near else f"use one of {', '.join(config.source.columns)}."
+            yield path, f"{dotted(path)} must be one of source.columns, got {shown(name)}; {step}"
+
+
+def _training_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    train, builder = config.train, config.model.builder
+    if builder is not None and not re.fullmatch(r"[^:]+:[A-Za-z_]\w*", builder):
+        yield (
+            ("model", "builder"),
+            f"model.builder must be 'package.module:function' or 'file.py:function', got {shown(builder)}; "
+            "put a colon before the function's name.",
+        )
+    if train.optimizer.momentum and train.optimizer.name != "sgd":
+        yield (
+            ("train", "optimizer", "momentum"),
+            f"train.optimizer.momentum is for sgd only, got {train.optimizer.momentum:g} with "
+            f"{train.optimizer.name}; leave it out.",
+        )
+    if not train.epochs and config.model.name is not None:
+        yield (
+            ("train", "epochs"),
+            "train.epochs=0 takes a model as it is, so it must be one that is trained, got "
+            f"model.name={config.model.name}; give model.file, or an epoch.",
+        )
+    if train.optimizer.warmup_epochs >= max(train.epochs, 1):
+        yield (
+            ("train", "optimizer", "warmup_epochs"),
+            f"train.optimizer.warmup_epochs must be below train.epochs={train.epochs}, got "
+            f"{train.optimizer.warmup_epochs:g}; lower it.",
+        )
+    if train.early_stopping is not None and not config.preprocess.splits.validation:
+        yield (
+            ("train", "early_stopping"),
+            "train.early_stopping must have a validation split, got preprocess.splits.validation=0; give it a share, "
+            "for instance 0.1.",
+        )
+
+
+def _compression_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    prune = config.compress.prune
+    if prune.begin >= prune.end:
+        yield (
+            ("compress", "prune", "begin"),
+            f"compress.prune.begin must be below compress.prune.end={prune.end:g}, got {prune.begin:g}; lower it.",
+        )
+    for name in sorted(set(prune.targets).intersection(prune.exclude)):
+        yield (
+            ("compress", "prune", "targets"),
+            f"compress.prune.targets must not name what compress.prune.exclude leaves alone, got '{name}' in both; drop one.",
+        )
+    for index, text in enumerate(config.compress.recipes):
+        path = ("compress", "recipes", index)
+        try:
+            recipe = parse_recipe(text, config.compress.strengths)
+        except ConfigError as error:
+            yield path, str(error)
+        else:
+            yield from ((path, f"compress.recipes '{text}': {rule}") for rule in _impossible(recipe, config))
+
+
+def _impossible(recipe: Recipe, config: Config) -> Iterator[str]:
+    """What keeps a well-written recipe from being carried out under this configuration."""
+    prune = config.compress.prune
+    for step in recipe.steps:
+        starts = prune.initial_sparsity
+        fixed = step.pattern is not None and ":" in step.pattern
+        if fixed and prune.targets:
+            yield (
+                f"{step.pattern} fixes the sparsity of every kernel, got compress.prune.targets for "
+                f"'{next(iter(prune.targets))}'; drop the targets, or write a sparsity."
+            )
+        polynomial = step.name == "prune" and prune.schedule == "polynomial" and not fixed
+        if polynomial and step.strength and starts >= step.strength:
+            yield (
+                f"the sparsity must be above compress.prune.initial_sparsity={starts:g}, got {step.strength:g}; "
+                "lower initial_sparsity."
+            )
+    names = {step.name: step for step in recipe.steps}
+    if "prune" in names and "cluster" in names and (names["cluster"].strength or 0) < 3:
+        yield (
+            f"clusters must be at least 3 after prune, since zero is one of them, got {names['cluster'].strength:g}; "
+            "write cluster@3 or more."
+        )
+    if recipe.format in IO and "qat" not in names and not config.preprocess.splits.calibration:
+        yield (
+            f"{recipe.format} must have calibration rows to find its ranges, got preprocess.splits.calibration=0; give it a "
+            "share, for instance 0.05."
+        )
+    if "qat" in names and (named := config.export.keep_float + config.export.int16):
+        yield (
+            "a recipe with qat must be without export.keep_float and export.int16, since it trains the precision of every "
+            f"layer, got {', '.join(named)}; name them in compress.qat.exclude, or leave the recipe out."
+        )
+    if config.export.io not in IO.get(recipe.format, (config.export.io,)):
+        yield (
+            f"the input and output of an {recipe.format} file must be {' or '.join(IO[recipe.format])}, got "
+            f"export.io={config.export.io}; change export.io, or leave the recipe out."
+        )
