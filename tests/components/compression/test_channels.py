@@ -281,25 +281,13 @@ def test_zeros_and_clusters_are_promised_beside_the_shape(compressed):
     assert all(promises[name].shape == promise.shape for name, promise in alone.items())
 
 
-def test_qat_goes_on_training_what_only_became_smaller(base, batches, tmp_path):
+def test_qat_goes_on_training_what_only_became_smaller(base, batches, compressed, tmp_path):
     options = OPTIONS.model_copy(update={"qat": OPTIONS.qat.model_copy(update={"exclude": ["stem"]})})
-    done: dict[str, CompressedModel] = {}
-    made = carry_out("channels+qat", tmp_path, base, batches, done, options=options)
-    before = load(done["channels@0.5"]).get_layer("stem").kernel.numpy()
+    small = compressed("channels")
+    made = carry_out("channels+qat", tmp_path, base, batches, {"channels@0.5": small}, options=options)
+    before = load(small).get_layer("stem").kernel.numpy()
     after = load(made).get_layer("stem").kernel.numpy()
     assert not np.array_equal(before, after)
-
-
-def test_tensorboard_gets_the_sizes_before_and_after(base, batches, compressed, tmp_path):
-    with Trace(tmp_path / "log") as trace:
-        carry_out("channels", tmp_path, base, batches, {}, trace=trace)
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "log"), {"tensors": 0}).Reload()
-    facts = compressed("channels").facts["reports"]["channels@0.5"]
-    for name in ("multiply_adds", "parameters"):
-        told = [float(tf.make_ndarray(event.tensor_proto)) for event in events.Tensors(f"channels/{name}")]
-        assert told == facts[name]
 
 
 def test_before_a_run_fixed_layers_and_shares_out_of_reach_are_told():
@@ -369,10 +357,25 @@ def test_interrupted_in_an_epoch_it_goes_on_to_the_same_bits(base, batches, comp
     with pytest.raises(KeyboardInterrupt):
         carry_out("channels", tmp_path, base, batches, {}, trace=Trace(on_progress=stop))
     epochs: list[float] = []
-    trace = Trace(on_progress=lambda done, *_: epochs.append(done))
-    resumed, whole = carry_out("channels", tmp_path, base, batches, {}, trace=trace), compressed("channels")
+    with Trace(tmp_path / "log", on_progress=lambda done, *_: epochs.append(done)) as trace:
+        resumed, whole = carry_out("channels", tmp_path, base, batches, {}, trace=trace), compressed("channels")
     assert min(epochs) > 1, "an epoch that was done has been done again"
     assert resumed.facts == whole.facts
     with np.load(whole.folder / "weights.npz") as ours, np.load(resumed.folder / "weights.npz") as theirs:
         assert ours.files == theirs.files
         assert all(np.array_equal(ours[name], theirs[name]) for name in ours.files)
+    assert sizes_told(tmp_path / "log") == {
+        key: whole.facts["reports"]["channels@0.5"][key] for key in ("multiply_adds", "parameters")
+    }
+
+
+def sizes_told(folder: pathlib.Path) -> dict[str, list[float]]:
+    """What TensorBoard shows under channels/, before and after."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), {"tensors": 0}).Reload()
+    names = [name for name in events.Tags()["tensors"] if name.startswith("channels/")]
+    return {
+        name.removeprefix("channels/"): [float(tf.make_ndarray(each.tensor_proto)) for each in events.Tensors(name)]
+        for name in names
+    }
