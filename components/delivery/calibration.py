@@ -54,7 +54,7 @@ class Calibration:
       rows: Their positions in the split, ascending.
       ranges: Smallest and largest value of each tensor over them, by its name in the float file.
       steps: {"rows": how many were seen, "growth": largest growth of a range since the step before, None at first}.
-      settled: Whether the last growth was within `SETTLED`; False also where there was but one step.
+      settled: Whether the rows doubled at last and the growth was within `SETTLED`.
     """
 
     rows: np.ndarray
@@ -140,7 +140,8 @@ def settle(float_file: Activations, rows: Rows, examples: int | None) -> Calibra
         steps.append({"rows": seen, "growth": _growth(before, ranges) if before else None})
         if before and steps[-1]["growth"] <= SETTLED:
             break
-    settled = steps[-1]["growth"] is not None and steps[-1]["growth"] <= SETTLED
+    doubled = len(steps) > 1 and steps[-1]["rows"] >= 2 * steps[-2]["rows"]  # the last few rows of a split prove little
+    settled = doubled and steps[-1]["growth"] <= SETTLED
     return Calibration(rows=np.sort(rows.order[:seen]), ranges=ranges, steps=tuple(steps), settled=settled)
 
 

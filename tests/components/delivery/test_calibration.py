@@ -78,6 +78,8 @@ def test_rows_that_are_all_alike_settle_at_once_and_growing_ones_never(toy, floa
     alike = np.repeat(toy.inputs[:1], 300, axis=0)
     found = settle(float_file, Rows(alike, np.arange(300)), None)
     assert ([step["rows"] for step in found.steps], found.settled) == ([FIRST, 2 * FIRST], True)
+    few = settle(float_file, Rows(alike, np.arange(70)), None)
+    assert (few.steps[-1], few.settled) == ({"rows": 70, "growth": 0.0}, False)
     growing = alike * np.linspace(1, 50, 300, dtype=np.float32)[:, None, None, None]
     found = settle(float_file, Rows(growing, np.arange(300)), None)
     assert ([step["rows"] for step in found.steps], found.settled) == ([64, 128, 256, 300], False)
