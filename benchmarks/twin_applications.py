@@ -1,7 +1,7 @@
 """Every model of keras.applications: its tf_keras twin, the way back, and what compression does with it.
 
-    .venv/bin/python benchmarks/twin_applications.py                  # twin and back, about 20 minutes on two cores
-    .venv/bin/python benchmarks/twin_applications.py --outcomes       # and one update of prune and of qat, exported: hours
+    .venv/bin/python benchmarks/twin_applications.py                  # twin and back
+    .venv/bin/python benchmarks/twin_applications.py --outcomes       # and one update of prune and of qat, exported; slow
     .venv/bin/python benchmarks/twin_applications.py MobileNetV2 ...  # these only
 
 Weights are random. After initialization most of these models return the same for every input, and equal outputs would show

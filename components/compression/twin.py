@@ -27,7 +27,7 @@ from components.compression.hosted import Hosted, carried, host, is_symbolic
 from components.compression.twin_layers import LAYERS, OPERATIONS, TwinLayer, plain
 from components.errors import ModelError
 
-# Largest difference of the outputs over their largest magnitude. Measured on ten of keras.applications: at most 6e-7.
+# Largest difference of the outputs over their largest magnitude.
 TOLERANCE = 1e-5
 # The same where the model computes in bfloat16 or float16, of which the twin, in float32, is free.
 REDUCED_TOLERANCE = 5e-2
