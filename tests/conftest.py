@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, when TensorFlow loads
 
@@ -44,3 +45,12 @@ def two_devices() -> list[str]:
     names = [device.name for device in tf.config.list_logical_devices("CPU")]
     assert len(names) == 2, f"two logical CPU devices are needed, got {names}"
     return names
+
+
+@pytest.fixture(scope="session")
+def mirrored(two_devices: list[str]) -> Any:
+    """The mirrored strategy on two logical CPU devices: one for all tests, since two of a process may clash."""
+    from components.options import StrategyOptions
+    from pipeline.strategy import make_strategy
+
+    return make_strategy(StrategyOptions(name="mirrored", devices=len(two_devices)))

@@ -341,8 +341,7 @@ def test_networks_of_every_kind_shrink_without_a_rule_of_their_own(name, side, s
 
 
 @pytest.mark.slow  # two replicas
-def test_it_runs_on_two_devices_with_the_result_of_one(two_devices, base, batches, compressed, tmp_path):
-    mirrored = tf.distribute.MirroredStrategy(two_devices)
+def test_it_runs_on_two_devices_with_the_result_of_one(mirrored, base, batches, compressed, tmp_path):
     made, one = carry_out("channels+qat", tmp_path, base, batches, {}, strategy=mirrored), compressed("channels+qat")
     assert made.facts["validation"]["loss"] == pytest.approx(one.facts["validation"]["loss"], abs=0.05)
     assert made.promises == one.promises

@@ -166,8 +166,7 @@ def test_what_a_later_step_leaves_out_keeps_what_an_earlier_one_did(base, batche
 
 
 @pytest.mark.slow
-def test_it_runs_on_two_devices_with_the_result_of_one(two_devices, base, batches, compressed, tmp_path):
-    mirrored = tf.distribute.MirroredStrategy(two_devices)
+def test_it_runs_on_two_devices_with_the_result_of_one(mirrored, base, batches, compressed, tmp_path):
     made = carry_out("prune+qat", tmp_path, base, batches, {}, strategy=mirrored)
     one = compressed("prune+qat")
     assert made.facts["validation"]["loss"] == pytest.approx(one.facts["validation"]["loss"], abs=0.05)
@@ -193,10 +192,9 @@ def test_a_step_learns_from_the_teacher_alone_at_full_weight(base, tmp_path):
 
 
 @pytest.mark.slow  # compiles each step's training twice, once of it on two devices
-def test_every_step_learns_from_the_teacher_on_two_devices_as_on_one(two_devices, base, batches, compressed, tmp_path):
+def test_every_step_learns_from_the_teacher_on_two_devices_as_on_one(mirrored, base, batches, compressed, tmp_path):
     one, two = {}, {}
     carry_out("prune+qat", tmp_path / "one", base, batches, one, **taught_by(base))
-    mirrored = tf.distribute.MirroredStrategy(two_devices)
     carry_out("prune+qat", tmp_path / "two", base, batches, two, strategy=mirrored, **taught_by(base))
     for recipe, made in one.items():
         assert made.facts["validation"] != compressed(recipe).facts["validation"], f"{recipe} did not hear the teacher"

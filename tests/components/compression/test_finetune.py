@@ -154,9 +154,9 @@ def test_a_taught_training_goes_on_to_the_same_weights(tmp_path):
     assert not np.array_equal(undisturbed.get_weights()[0], untaught.get_weights()[0])
 
 
-def test_two_devices_learn_from_a_teacher_what_one_learns(two_devices, tmp_path):
+def test_two_devices_learn_from_a_teacher_what_one_learns(mirrored, tmp_path):
     made = []
-    for name, strategy in (("one", tf.distribute.get_strategy()), ("two", tf.distribute.MirroredStrategy(two_devices))):
+    for name, strategy in (("one", tf.distribute.get_strategy()), ("two", mirrored)):
         with strategy.scope():
             tf_keras.utils.set_random_seed(5)
             image = tf_keras.layers.Input((8, 8, 1))

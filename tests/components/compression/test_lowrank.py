@@ -3,7 +3,6 @@ import pathlib
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 import tf_keras
 from keras import layers
 
@@ -353,8 +352,7 @@ def test_before_a_run_only_shapes_count_because_the_weights_are_still_random():
     ]
 
 
-def test_it_runs_on_two_devices(two_devices, thin, tmp_path):
-    mirrored = tf.distribute.MirroredStrategy(two_devices)
+def test_it_runs_on_two_devices(mirrored, thin, tmp_path):
     few = batches_of(SPEC, train=draw(64, 0), validation=draw(32, 1))
     made = carry_out("lowrank", tmp_path, thin, few, {}, strategy=mirrored)
     assert set(made.facts["reports"]["lowrank@0.9"]) == {"point", "hidden"}

@@ -7,14 +7,6 @@ import pytest
 import tensorflow as tf
 
 from components.artifacts import Batches, DataSpec
-from components.options import StrategyOptions
-from pipeline.strategy import make_strategy
-
-
-@pytest.fixture
-def mirrored(two_devices: list[str]) -> tf.distribute.Strategy:
-    """Two logical CPU devices."""
-    return make_strategy(StrategyOptions(name="mirrored", devices=len(two_devices)))
 
 
 def batches_of(spec: DataSpec, **splits: tuple[np.ndarray, np.ndarray]) -> Batches:
