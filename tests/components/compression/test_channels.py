@@ -223,7 +223,8 @@ def test_a_residual_stream_is_judged_by_all_that_is_added_to_it():
 
 # --- the step ----------------------------------------------------------------------------------------------------
 
-RECIPES = ["channels", "channels+prune+cluster+qat"]
+LONG = "channels+prune+cluster+qat"
+RECIPES = ["channels", pytest.param(LONG, marks=pytest.mark.slow)]  # three more trainings
 
 
 def proof_of(made: CompressedModel, folder: pathlib.Path, calibration: np.ndarray, format: str = "int8") -> Proof:
@@ -270,8 +271,9 @@ def test_a_kernel_of_the_old_shape_breaks_the_promise(compressed, calibration, t
         assert f"layer '{name}': no conv2d kernel of shape {shape} in the file" in broken
 
 
+@pytest.mark.slow  # as above
 def test_zeros_and_clusters_are_promised_beside_the_shape(compressed):
-    promises = {promise.layer: promise for promise in compressed("channels+prune+cluster+qat").promises}
+    promises = {promise.layer: promise for promise in compressed(LONG).promises}
     assert promises["hidden"].sparsity > 0.5
     assert promises["inner"].distinct == 6
     assert promises["stem"].sparsity == 0  # among the smallest, so prune left it alone

@@ -74,7 +74,7 @@ def test_a_whole_clustered_kernel_comes_down_to_few_codes_in_the_int8_file(recip
     ("recipe", "layers", "name"),
     [
         ("prune@2:4+qat", {"inner", "hidden", "point"}, "2:4"),
-        ("prune@0.7:1x16+cluster+qat", {"hidden"}, "1x16"),
+        pytest.param("prune@0.7:1x16+cluster+qat", {"hidden"}, "1x16", marks=pytest.mark.slow),  # a tree of its own
     ],
 )
 def test_a_pattern_is_kept_by_every_later_step_and_found_in_the_file(
@@ -201,7 +201,9 @@ def test_every_step_learns_from_the_teacher_on_two_devices_as_on_one(mirrored, b
         assert made.facts["validation"]["loss"] == pytest.approx(two[recipe].facts["validation"]["loss"], abs=0.05)
 
 
-@pytest.mark.parametrize("recipe", ["cluster", "cluster+qat"])
+@pytest.mark.parametrize(
+    "recipe", ["cluster", pytest.param("cluster+qat", marks=pytest.mark.slow)]
+)  # two more trainings
 def test_clusters_per_channel_reach_the_file(recipe, base, batches, calibration, tmp_path):
     options = OPTIONS.model_copy(update={"cluster": OPTIONS.cluster.model_copy(update={"per_channel": True})})
     made = carry_out(recipe, tmp_path, base, batches, {}, options=options)

@@ -263,7 +263,10 @@ def test_a_file_without_the_new_shapes_breaks_the_promise(carried, thin, calibra
     assert broken[0].startswith("layer 'point_factor': no conv2d kernel of shape (")
 
 
-@pytest.mark.parametrize("recipe", ["lowrank+prune+qat", "lowrank+cluster+qat", "lowrank+prune+cluster"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["lowrank+prune+qat", "lowrank+prune+cluster", pytest.param("lowrank+cluster+qat", marks=pytest.mark.slow)],
+)
 def test_later_steps_work_on_both_parts_and_keep_their_shapes(recipe, carried, calibration, tmp_path):
     made = carried(recipe)
     format = "int8" if recipe.endswith("qat") else "float32"
@@ -282,6 +285,7 @@ def test_the_factorised_model_still_does_its_task(carried):
         assert np.mean(np.argmax(load(carried(recipe))(x, training=False), -1) == y) > 0.8, recipe
 
 
+@pytest.mark.slow  # a tree of its own
 def test_what_no_later_step_treats_is_still_promised(thin, batches, tmp_path):
     """Also: a layer excluded by its name is excluded with both its parts, and may still be trained."""
     options = OPTIONS.model_copy(

@@ -399,7 +399,9 @@ class Scaled(layers.Layer):
         return x * self.scale
 
 
-@pytest.mark.parametrize("entry", [True, False], ids=["with an entry", "hosted"])
+@pytest.mark.parametrize(
+    "entry", [pytest.param(True, id="with an entry", marks=pytest.mark.slow), pytest.param(False, id="hosted")]
+)
 def test_a_compressed_model_with_a_layer_of_ones_own_is_saved_and_loaded(entry, monkeypatch, tmp_path, batches):
     if entry:
         monkeypatch.setitem(twins.TWINS, "Scaled", lambda layer, name: [TwinOfScaled(name=name)])

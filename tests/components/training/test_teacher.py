@@ -108,6 +108,7 @@ def few(make_batches):
     return make_batches(SPEC, train=(x, y), validation=draw(400, 1))
 
 
+@pytest.mark.slow  # three trainings; test_finetune.py has the fast one
 def test_a_good_teacher_makes_up_for_few_and_partly_wrong_labels(few, tmp_path):
     file, rates = wise(tmp_path / "teacher"), OptimizerOptions(learning_rate=0.02)
     scores = {

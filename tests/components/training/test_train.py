@@ -168,6 +168,7 @@ def test_two_mirrored_devices_give_the_weights_that_one_gives(pictures, tmp_path
     np.testing.assert_allclose(history_of(one)["loss"], history_of(two)["loss"], rtol=1e-4)
 
 
+@pytest.mark.slow  # TensorFlow builds the graph for two replicas, twice
 def test_normalization_and_dropout_train_on_two_devices_and_resume(pictures, tmp_path, mirrored):
     model = ModelOptions(name="cnn", options={"filters": [8, 8], "dropout": 0.1})
     options = TrainOptions(epochs=6, batch_size=32, optimizer={"learning_rate": 0.01})
