@@ -432,7 +432,8 @@ def test_a_small_member_of_each_family_has_a_twin_and_comes_back(name):
     from benchmarks.twin_applications import twin
 
     found = twin(name)
-    assert found["spread"] > 1e-3, "outputs that are nearly constant show nothing"
-    assert found["difference"] <= 10 * TOLERANCE  # rounding adds up over a hundred layers; to_twin judges each alone
+    assert found["spread"] > 50 * TOLERANCE, "outputs that are nearly constant show nothing"
+    # Rounding adds up over a hundred layers, and no twin is closer than the model is to itself; to_twin judges each alone.
+    assert found["difference"] <= 10 * max(TOLERANCE, found["sensitivity"])
     assert found["back"] == 0
     assert found["tfmot"].startswith("ValueError: `prune_low_magnitude` can only prune an object")
