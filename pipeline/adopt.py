@@ -14,7 +14,7 @@ from components.errors import ConfigError
 from pipeline.rules import Origin, Spot
 
 # Of a training section these still say something about a model that is trained: how fine-tuning feeds it.
-_KEPT = ("batch_size", "augmentation", "label_smoothing")
+_KEPT = ("batch_size", "augmentation")
 
 
 def adopt(data: dict[str, Any], origin: Origin, model: str | os.PathLike[str]) -> None:

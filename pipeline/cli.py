@@ -32,6 +32,10 @@ ConfigPath = Annotated[str, typer.Argument(help="A YAML file, or the name of a t
 Sets = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. --set train.epochs=5; may repeat.")
 ]
+Until = Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")]
+Force = Annotated[
+    list[str], typer.Option(metavar="STAGE", help="Do this stage again, and all that depends on it; may repeat.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of a table.")]
 INTERRUPTED = 130
 
@@ -40,10 +44,8 @@ INTERRUPTED = 130
 def run(
     config: ConfigPath,
     overrides: Sets = [],  # noqa: B006 - typer copies it
-    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
-    force: Annotated[
-        list[str], typer.Option(metavar="STAGE", help="Do this stage again, and all that depends on it; may repeat.")
-    ] = [],  # noqa: B006 - typer copies it
+    until: Until = None,
+    force: Force = [],  # noqa: B006 - typer copies it
     as_json: AsJson = False,
 ) -> None:
     """Walk the journey: preprocess, train, compress, export, measure, select, bundle, report.
@@ -68,10 +70,8 @@ def compress(
         ),
     ],
     overrides: Sets = [],  # noqa: B006 - typer copies it
-    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
-    force: Annotated[
-        list[str], typer.Option(metavar="STAGE", help="Do this stage again, and all that depends on it; may repeat.")
-    ] = [],  # noqa: B006 - typer copies it
+    until: Until = None,
+    force: Force = [],  # noqa: B006 - typer copies it
     as_json: AsJson = False,
 ) -> None:
     """Start from a trained model: everything that run does, without the training.

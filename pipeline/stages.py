@@ -376,7 +376,6 @@ JOURNEY = (
             "step": getattr(config.compress, recipe.steps[-1].name).model_dump() if recipe else {},
             "batch_size": config.compress.batch_size or config.train.batch_size,
             "augmentation": config.train.augmentation.model_dump(),
-            "label_smoothing": config.train.label_smoothing,
             "distill": _distill_facts(config.compress.distill),
             "strategy": config.strategy.model_dump(),
             "seed": config.seed,

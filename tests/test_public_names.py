@@ -18,6 +18,7 @@ VERBS = {
     "components.compression.compress": "compress",
     "components.delivery.export": "export",
     "components.delivery.proof": "read_proof",
+    "components.delivery.errors_by_layer": "errors_by_layer",
     "components.delivery.measure": "measure",
     "components.delivery.select": "select",
     "components.delivery.bundle": "bundle",

@@ -7,7 +7,7 @@ FORESEE, its options in `components.options` and its strength in `components.rec
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,11 +86,7 @@ def _remove_channels(start: Start, step: Step, options: CompressOptions, setting
     return Done(
         twin=twin,
         weights=twin.get_weights(),
-        promises=[
-            kernel.promise(kernel.values, pruned=False, distinct=0, quantized=False)
-            for kernel in kernels(twin)
-            if kernel.name in cut.layers
-        ],
+        promises=_shapes(twin, cut.layers),
         untreated=cut.untreated,
         validation=validation,
         report=report,
@@ -113,15 +109,20 @@ def _factorise(start: Start, step: Step, options: CompressOptions, setting: Sett
     return Done(
         twin=twin,
         weights=twin.get_weights(),
-        promises=[
-            kernel.promise(kernel.values, pruned=False, distinct=0, quantized=False)
-            for kernel in kernels(twin)
-            if kernel.name in {*first_of, *first_of.values()}
-        ],
+        promises=_shapes(twin, {*first_of, *first_of.values()}),
         untreated=ranks.chosen.untreated,
         validation=validation,
         report=report,
     )
+
+
+def _shapes(twin: tf_keras.Model, names: Collection[str]) -> list[Promise]:
+    """That the file holds kernels of these sizes."""
+    return [
+        kernel.promise(kernel.values, pruned=False, distinct=0, quantized=False)
+        for kernel in kernels(twin)
+        if kernel.name in names
+    ]
 
 
 def _prune(start: Start, step: Step, options: CompressOptions, setting: Setting) -> Done:

@@ -172,7 +172,8 @@ class _Run:
 
     def taken_over(self) -> dict[str, Any]:
         """Facts of a model that came trained. Says so where it is no better than a guess: it is fed in another way then."""
-        found, started = self._validate(), time.perf_counter()
+        started = time.perf_counter()
+        found = self._validate()
         classes = self.batches.spec.outputs
         if found.get("accuracy", 1.0) < _GUESS / classes:
             self.trace.warn(

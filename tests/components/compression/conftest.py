@@ -81,6 +81,15 @@ def small_model() -> keras.Model:
     return keras.Model(image, layers.Dense(3, name="logits")(x), name="small")
 
 
+def scrambled(model: keras.Model) -> keras.Model:
+    """With weights that no two layers share; variances positive."""
+    random = np.random.default_rng(0)
+    for weight in model.weights:
+        low = 0.5 if "variance" in weight.path else -0.5
+        weight.assign(random.uniform(low, 1.0, weight.shape))
+    return model
+
+
 def small_batches() -> Batches:
     return batches_of(SPEC, train=draw(192, 0), validation=draw(60, 1))
 

@@ -12,14 +12,7 @@ from components.compression import twin as twins
 from components.compression.twin import from_twin, to_twin
 from components.errors import ModelError
 
-
-def scrambled(model: keras.Model) -> keras.Model:
-    """With weights that no two layers share; variances positive."""
-    random = np.random.default_rng(0)
-    for weight in model.weights:
-        low = 0.5 if "variance" in weight.path else -0.5
-        weight.assign(random.uniform(low, 1.0, weight.shape))
-    return model
+from .conftest import scrambled
 
 
 def convolutions() -> keras.Model:

@@ -15,16 +15,7 @@ from components.compression.kernels import sparsity
 from components.compression.twin import TOLERANCE, from_twin, to_twin
 from components.errors import ModelError
 
-from .conftest import carry_out, draw, trained
-
-
-def scrambled(model: keras.Model) -> keras.Model:
-    """With weights that no two layers share; variances positive."""
-    random = np.random.default_rng(0)
-    for weight in model.weights:
-        low = 0.5 if "variance" in weight.path else -0.5
-        weight.assign(random.uniform(low, 1.0, weight.shape))
-    return model
+from .conftest import carry_out, draw, scrambled, trained
 
 
 def there_and_back(model: keras.Model) -> tf_keras.Model:

@@ -266,6 +266,7 @@ def test_no_epochs_take_the_model_as_it_is_and_judge_it(pictures, tmp_path):
     assert taken.facts["validation"] == pytest.approx(learned.facts["validation"])
     assert (taken.facts["epochs"], taken.facts["best_epoch"], taken.facts["train"]) == (0, 0, {})
     assert history_of(taken) == {}
+    assert taken.facts["seconds"] > 0.001  # a pass over the validation split, a function traced for it
 
 
 def test_a_trained_model_that_is_fed_in_another_way_is_told(pictures, make_batches, tmp_path):
