@@ -156,6 +156,13 @@ def _distill_facts(distill: TrainDistillation | CompressDistillation | None) -> 
     return {**distill.model_dump(), "teacher": len(teacher_files(distill)) or "own"}
 
 
+def _know_layers(call: Call) -> None:
+    """Imports the user's builder: it registers the layers that saved models hold, and may add to TWINS."""
+    from components.training.model import import_builder
+
+    import_builder(call.config.model)
+
+
 def _train(call: Call) -> None:
     from components.training.model import build
     from components.training.train import train
@@ -177,6 +184,7 @@ def _train(call: Call) -> None:
 def _compress(call: Call) -> None:
     from components.compression.compress import compress
 
+    _know_layers(call)
     config, path = call.config, _recipe(call).steps
     before = prefix_name(path[:-1])
     compress(
@@ -231,6 +239,7 @@ def _model_to_export(call: Call, recipe: Recipe) -> tuple[Any, dict[str, Any], l
         return load(trained.file, call.config.model), trained.facts, []
     from components.compression.compress import load as load_compressed
 
+    _know_layers(call)
     compressed = CompressedModel(call.takes[prefix_name(recipe.steps)])
     return load_compressed(compressed), compressed.facts, compressed.promises
 

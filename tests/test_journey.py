@@ -178,6 +178,42 @@ def test_a_trained_model_is_compressed_without_training(journey, results, tmp_pa
     assert "a table needs a configuration that names its label" in refused.stderr
 
 
+OWN_LAYER = """
+import keras
+
+
+@keras.saving.register_keras_serializable("mine")
+class Gate(keras.layers.Layer):
+    def build(self, shape):
+        self.gain = self.add_weight(shape=(shape[-1],), initializer="ones", name="gain")
+
+    def call(self, x):
+        return keras.ops.sin(x) * self.gain
+
+
+def build(spec):
+    image = keras.Input(spec.input_shape, name=spec.input_name)
+    x = keras.layers.Conv2D(16, 3, activation="relu")(image)
+    x = keras.layers.GlobalAveragePooling2D()(Gate(name="gate")(x))
+    return keras.Model(image, keras.layers.Dense(spec.outputs)(x))
+"""
+
+
+@pytest.mark.slow  # three processes, so that none knows the layer from the one before
+def test_a_layer_of_ones_own_is_known_to_every_stage_that_loads_a_model(tmp_path):
+    write_slice(tmp_path)
+    (tmp_path / "mine.py").write_text(OWN_LAYER)
+    sets = [
+        part
+        for text in ("model={builder: mine.py:build}", "train.epochs=1", "compress.recipes=[prune@0.5+qat]", "prune=1")
+        for part in ("--set", text.replace("prune=1", "compress.prune.epochs=1"))
+    ]
+    for stage in ("train", "compress", "measure"):
+        done = trimline("run", "slice.yaml", "--until", stage, *sets, folder=tmp_path)
+        assert (done.returncode, done.stderr) == (0, ""), stage
+    assert len(list((tmp_path / "workspace" / "store" / "measure").glob("*/variant.json"))) == 2
+
+
 def test_impossible_constraints_exit_with_their_own_code_and_say_by_how_much(journey):
     done = trimline("run", "slice.yaml", "--set", "select.max_bytes=10", "--set", "name=tight", folder=journey)
     assert done.returncode == 7

@@ -84,8 +84,8 @@ def export(
       calibration: float32 (n, *spec.input_shape) as the model is fed; read for 'int8' and 'int16x8' only.
       folder: Exists; an earlier attempt is overwritten. Integer formats leave `calibration.json` there too: how many rows
         were taken, and by tensor what its range covers and clips.
-      labels: Of `calibration`, int32 (n,) or float32 (n,) or (n, 1): rows are drawn in equal shares of each class, or of
-        each tenth of the values. None draws them all alike.
+      labels: Of `calibration`, int32 (n,) or float32 (n,) or (n, 1): rows are drawn so that each class, or each tenth
+        of the values, has its share. None draws them all alike.
       held_out: float32 (m, *spec.input_shape) that took no part, to tell what the ranges clip; None leaves that out.
       promises: What the compression steps did; carried along for `measure` to check.
       untreated: Layers that a compression step left alone, with reasons; carried along, kernels that the format has no

@@ -90,8 +90,8 @@ def load(file: pathlib.Path, options: ModelOptions | None = None) -> keras.Model
       ConfigError: No such file.
       ModelError: It cannot be loaded; an unknown layer class is named.
     """
-    if options is not None and options.builder is not None:
-        _load_builder(options.builder)
+    if options is not None:
+        import_builder(options)
     if not file.is_file() or file.suffix != ".keras":
         raise ConfigError(f"model.file={file} must be an existing .keras file; save one with model.save('name.keras').")
     trusted = options is not None and options.builder is not None
@@ -99,6 +99,17 @@ def load(file: pathlib.Path, options: ModelOptions | None = None) -> keras.Model
         return keras.saving.load_model(file, compile=False, safe_mode=not trusted)
     except Exception as error:  # Keras raises TypeError, ValueError, KeyError or zip and h5 errors, by what is wrong
         raise _load_error(file, error) from error
+
+
+def import_builder(options: ModelOptions) -> None:
+    """Imports the module of the user's builder, if there is one, so that the layer classes that it registers are known.
+
+    Raises:
+      ConfigError: It cannot be imported, or has no such function.
+      ModelError: It raised while it was imported.
+    """
+    if options.builder is not None:
+        _load_builder(options.builder)
 
 
 def _last_layer(model: keras.Model) -> keras.Layer:
