@@ -139,75 +139,70 @@ def tfmot_itself(model: Any) -> dict[str, Any]:
 
 def outcome(name: str, step: str) -> dict[str, Any]:
     """One epoch of one update on synthetic pictures, exported: float32 after prune, int8 after qat."""
-    import numpy as np
-    import tensorflow as tf
     from ai_edge_litert.interpreter import Interpreter
 
-    from components.artifacts import Batches, DataSpec, TrainedModel, write_json
+    from components.delivery.proof import read_proof
+
+    with tempfile.TemporaryDirectory() as text:
+        made, file = compressed(name, step, pathlib.Path(text))
+        interpreter = Interpreter(str(file.file))
+        interpreter.allocate_tensors()
+        proof = read_proof(file.file)
+    return {
+        "bytes": proof.bytes,
+        "gzip_bytes": proof.gzip_bytes,
+        "promises": len(made.promises),
+        "untreated": len(made.facts["untreated"]),
+        "float_operators": list(proof.float_operators) if step == "qat" else [],
+    }
+
+
+def compressed(name: str, step: str, folder: pathlib.Path) -> tuple[Any, Any]:
+    """The CompressedModel of one step, and its TFLiteFile."""
+    import tensorflow as tf
+
+    from components.artifacts import TrainedModel, write_json
     from components.compression.compress import compress, load
     from components.delivery.export import export
-    from components.delivery.proof import read_proof
     from components.options import CompressOptions, ExportOptions, PruneOptions, QatOptions
     from components.recipe import parse_recipe
     from components.tracing import Trace
 
     model = build(name)
-    x, y = pictures(model, 8, seed=2), np.arange(8, dtype=np.int32)
-    labels = tuple(f"class {number}" for number in range(CLASSES))
-    spec = DataSpec(task="classification", input_name="image", input_shape=model.input_shape[1:], labels=labels)
-    batches = Batches(
-        spec=spec,
-        training=lambda size, seed, first: tf.data.Dataset.from_tensor_slices((x, y)).repeat().batch(size, True),
-        ordered=lambda split, size: tf.data.Dataset.from_tensor_slices((x, y)).batch(size),
-        rows={"train": 8, "validation": 0},
-    )
+    model.save(folder / "model.keras")
+    write_json(folder / "trained.json", {"outputs": "logits"})
+    (folder / step).mkdir()
     options = CompressOptions(
         prune=PruneOptions(epochs=1, learning_rate=1e-5), qat=QatOptions(epochs=1, learning_rate=1e-5)
     )
-    with tempfile.TemporaryDirectory() as text:
-        folder = pathlib.Path(text)
-        model.save(folder / "model.keras")
-        write_json(folder / "trained.json", {"outputs": "logits"})
-        (path,) = parse_recipe(STEPS[step], options.strengths).prefixes()
-        (folder / step).mkdir()
-        made = compress(
-            path[-1],
-            path,
-            options,
-            TrainedModel(folder),
-            None,
-            batches,
-            folder / step,
-            strategy=tf.distribute.get_strategy(),
-            batch_size=8,
-            seed=0,
-            trace=Trace(),
-        )
-        format = "int8" if step == "qat" else "float32"
-        file = export(
-            STEPS[step],
-            format,
-            load(made),
-            spec,
-            "logits",
-            ExportOptions(),
-            x,
-            folder,
-            promises=made.promises,
-            untreated=made.facts["untreated"],
-            seed=0,
-            trace=Trace(),
-        )
-        interpreter = Interpreter(str(file.file))
-        interpreter.allocate_tensors()
-        proof = read_proof(file.file)
-        return {
-            "bytes": proof.bytes,
-            "gzip_bytes": proof.gzip_bytes,
-            "promises": len(made.promises),
-            "untreated": len(made.facts["untreated"]),
-            "float_operators": list(proof.float_operators) if format == "int8" else [],
-        }
+    recipe = parse_recipe(STEPS[step], options.strengths)
+    shown = pictures(model, 8, seed=2)
+    batches = synthetic(shown)
+    fixed = {"seed": 0, "trace": Trace()}
+    where = {"strategy": tf.distribute.get_strategy(), "batch_size": 8}
+    before = (TrainedModel(folder), None)
+    made = compress(recipe.steps[-1], recipe.steps, options, *before, batches, folder / step, **where, **fixed)
+    carried = {"promises": made.promises, "untreated": made.facts["untreated"]}
+    given = (load(made), batches.spec, "logits", ExportOptions(), shown, folder)
+    return made, export(str(recipe), recipe.format, *given, **carried, **fixed)
+
+
+def synthetic(shown: Any) -> Any:
+    """Batches of pictures, each a class of its own."""
+    import numpy as np
+    import tensorflow as tf
+
+    from components.artifacts import Batches, DataSpec
+
+    labels = tuple(f"class {number}" for number in range(CLASSES))
+    spec = DataSpec(task="classification", input_name="image", input_shape=shown.shape[1:], labels=labels)
+    rows = tf.data.Dataset.from_tensor_slices((shown, np.arange(len(shown), dtype=np.int32)))
+    return Batches(
+        spec=spec,
+        training=lambda size, seed, first: rows.repeat().batch(size, True),
+        ordered=lambda split, size: rows.batch(size),
+        rows={"train": len(shown), "validation": 0},
+    )
 
 
 def work(name: str, piece: str) -> None:
@@ -238,7 +233,8 @@ def run(name: str, piece: str, limit: float) -> dict[str, Any]:
 
 
 def table(results: dict[str, dict[str, Any]], pieces: list[str]) -> str:
-    head = ["model", "parameters", "twin differs by", "back differs by", "spread", "layers hosted", "tfmot itself"]
+    head = ["model", "parameters", "twin differs by", "sensitive by", "back differs by", "spread", "layers hosted"]
+    head += ["tfmot itself"]
     head += [step for step in STEPS if step in pieces]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, found in sorted(results.items()):
@@ -250,9 +246,9 @@ def table(results: dict[str, dict[str, Any]], pieces: list[str]) -> str:
 
 def _twin_cells(found: dict[str, Any]) -> list[str]:
     if "difference" not in found:
-        return ["", found.get("error", "not run"), "", "", "", ""]
+        return ["", found.get("error", "not run"), "", "", "", "", ""]
     hosted = f"{found['hosted']} of {found['layers']}"
-    measured = [f"{found[key]:.1e}" for key in ("difference", "back", "spread")]
+    measured = [f"{found[key]:.1e}" for key in ("difference", "sensitivity", "back", "spread")]
     return [f"{found['parameters']:,}", *measured, hosted, found["tfmot"].partition(":")[0]]
 
 

@@ -323,7 +323,7 @@ def _check_storage(proof: Proof, recipe: str) -> None:
         fine, why = _STORABLE.get(kernel.dtype, ((kernel.storage,), ""))
         if kernel.operator == "FULLY_CONNECTED" and kernel.storage not in fine:
             raise ModelError(
-                f"export '{recipe}': the converter stored tensor '{kernel.name.partition(';')[0]}' {kernel.storage}, since {kernel.sparsity:.2f} of it are zero, "
+                f"export '{recipe}': the converter stored tensor '{kernel.short}' {kernel.storage}, since {kernel.sparsity:.2f} of it are zero, "
                 f"and {why}; drop '+sparse', or have prune treat that layer (compress.prune.dense_share, exclude)."
             )
 
