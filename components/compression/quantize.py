@@ -2,12 +2,14 @@
 
     twin --quantize()--> model with fake quantization --calibrate(), train--> converted as it is
 
-tfmot's quantize_apply with its default 8-bit scheme (Jacob et al. 2018, arXiv 1712.05877), with three corrections:
+tfmot's quantize_apply with its default 8-bit scheme (Jacob et al. 2018, arXiv 1712.05877), with four corrections:
 
 - Zeros and clusters of earlier steps are kept by `Keeping`. tfmot's own schemes for that share one quantizer object
   between all layers, so one layer without zeros switches sparsity off for every later one, and they forget kernels
   whose layer feeds a Concatenate or a separate ReLU.
 - A kernel with a separate ReLU behind it is quantized; tfmot leaves it in float (`LayerReLUQuantize`).
+- A layer whose activation tfmot does not know is left alone, also in front of one that is quantized; tfmot refuses the
+  whole model then (`_Registry`).
 - Ranges start from data (`calibrate`), not from [-6, 6]: at tfmot's decay of 0.999 these need thousands of updates to fade
   (tensorflow/model-optimization issue 368).
 """
@@ -314,6 +316,19 @@ class _Layout(QuantizeLayoutTransform):
         return made, layers
 
 
+class _Registry(default_8bit_quantize_registry.Default8BitQuantizeRegistry):
+    """tfmot's, which looks at an Activation layer's class and not at its function.
+
+    tfmot rounds what a layer that is left alone hands to one that is not, and refuses the whole model where it does not
+    know that layer's function. Here the range of such a tensor is left to the converter.
+    """
+
+    def supports(self, layer: Any) -> bool:
+        """Whether tfmot can quantize the layer."""
+        known = not isinstance(layer, tf_keras.layers.Activation) or layer.activation.__name__ in _ACTIVATIONS
+        return known and bool(super().supports(layer))
+
+
 class _Scheme(default_8bit_quantize_scheme.Default8BitQuantizeScheme):
     def __init__(self, keep: Mapping[str, Kept]) -> None:
         super().__init__()
@@ -321,6 +336,9 @@ class _Scheme(default_8bit_quantize_scheme.Default8BitQuantizeScheme):
 
     def get_layout_transformer(self) -> _Layout:
         return _Layout(self.keep)
+
+    def get_quantize_registry(self) -> _Registry:
+        return _Registry()
 
 
 def quantize(twin: tf_keras.Model, names: Iterable[str], keep: Mapping[str, Kept]) -> tf_keras.Model:

@@ -48,6 +48,23 @@ def test_what_tfmot_refuses_is_left_alone_with_the_reason():
     assert got["times"] == "tfmot has no quantization for Multiply"
 
 
+@pytest.mark.parametrize("normalized", [True, False])
+def test_an_activation_that_tfmot_does_not_know_stands_between_layers_that_are_quantized(normalized):
+    image = layers.Input((8, 8, 1))
+    x = layers.Conv2D(4, 3, name="conv")(image)
+    x = layers.BatchNormalization(name="norm")(x) if normalized else x
+    x = layers.Activation(hard_silu, name="swish")(x)
+    twin = tf_keras.Model(image, layers.Conv2D(2, 3, name="head")(x))
+    names = choose_quantizable(twin, QatOptions()).names
+    model = quantize(twin, names, {})
+    assert {"quant_conv", "swish", "quant_head"} <= {layer.name for layer in model.layers}
+    pictures = np.random.default_rng(0).random((4, 8, 8, 1), np.float32)
+    calibrate(model, [(pictures, None)], tf.distribute.get_strategy())
+    model(pictures, training=True)  # sets the ranges of kernels
+    off = np.abs(model(pictures, training=False) - twin(pictures, training=False)).max()
+    assert off < 0.05 * np.abs(twin(pictures)).max()
+
+
 def test_normalization_behind_an_excluded_convolution_is_left_alone_with_it():
     image = layers.Input((8, 8, 1))
     x = layers.BatchNormalization(name="norm")(layers.Conv2D(4, 3, name="conv")(image))
