@@ -206,6 +206,8 @@ class _Tracer:
             self.tie(before.inputs, inputs[0])
         elif before is not None and isinstance(layer, layers.Reshape):
             self.tie(before.outputs, made)
+        if _mixes(layer):  # a dense softmax: its inputs may go, its outputs see each other
+            self.freeze(made, f"each sees the others in the {layer.activation.__name__} of layer '{layer.name}'")
         work = _work(node) + (before.work if before is not None else 0)
         self.flows[layer.name] = Flow(layer, inputs[0], made, work)
         if excluded or (has_kernel(layer) and not layer.trainable):
@@ -294,13 +296,18 @@ def _is_strange(layer: Any) -> bool:
     """Channels elsewhere than on the last axis, seen by other channels, or in groups."""
     if getattr(layer, "data_format", "channels_last") == "channels_first" or getattr(layer, "groups", 1) != 1:
         return True
-    if getattr(getattr(layer, "activation", None), "__name__", "linear") in _MIXING:
+    if _mixes(layer) and type(layer) not in MAKERS:
         return True
     if isinstance(layer, layers.BatchNormalization):
         return list(layer.axis) != [layer.input_spec.ndim - 1]
     if isinstance(layer, layers.PReLU):
         return layer.alpha.shape[-1] == 1
     return isinstance(layer, layers.Rescaling) and not all(np.ndim(each) == 0 for each in (layer.scale, layer.offset))
+
+
+def _mixes(layer: Any) -> bool:
+    """Whether one output channel depends on the others by the layer's activation."""
+    return getattr(getattr(layer, "activation", None), "__name__", "linear") in _MIXING
 
 
 def _width(tensor: Any) -> int:

@@ -29,6 +29,16 @@ def test_a_residual_sum_ties_and_flattening_repeats_for_every_position():
     assert list(channels.flows["out"].inputs[:4]) == list(channels.flows["a"].outputs)
 
 
+def test_a_dense_softmax_keeps_its_outputs_and_lets_its_inputs_go():
+    image = picture()
+    x = layers.Flatten(name="flat")(layers.Conv2D(4, 3, name="a")(image))
+    x = layers.Dense(5, activation="softmax", name="gate")(x)
+    channels = trace_channels(tf_keras.Model(image, layers.Dense(3, activation="softmax", name="out")(x)))
+    assert groups(channels) == [(("a",), 4)]
+    assert channels.refusal("gate") == "each sees the others in the softmax of layer 'gate'"
+    assert channels.refusal("out") == "each sees the others in the softmax of layer 'out'"
+
+
 def test_a_concatenation_lines_channels_up_so_a_sum_behind_it_falls_into_two_groups():
     image = picture()
     a, b = (layers.Conv2D(n, 1, name=name)(image) for n, name in ((3, "a"), (5, "b")))
