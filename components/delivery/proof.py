@@ -330,6 +330,8 @@ def _centred(values: np.ndarray, quantization: Any, scales: int) -> np.ndarray:
 
 
 def _dense_facts(values: np.ndarray, axis: int) -> dict[str, Any]:
+    # As float32, the same values: with -0.0 among them, numpy 2.4 sorts float16 wrongly on processors with AVX512.
+    values = values.astype(np.float32) if values.dtype == np.float16 else values
     channels = np.sort(np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1), axis=1)
     per_channel = 1 + np.count_nonzero(np.diff(channels, axis=1), axis=1)
     return {
