@@ -320,8 +320,10 @@ class PruneOptions(FineTune):
         description="uniform: each kernel to the target; erk: larger kernels further than small ones, the target overall; "
         "global: one magnitude for all kernels, found on the weights that the step starts from, the target overall.",
     )
-    dense_ends: bool = Field(
-        False, description="Kernels with no other kernel before or behind them stay dense too; for small networks."
+    dense_ends: bool | Literal["auto"] = Field(
+        "auto",
+        description="Kernels with no other kernel before or behind them stay dense too; auto: where they hold no more than "
+        "0.05 of all weights together.",
     )
     targets: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(
         {}, description="Sparsity by layer name, in place of what the recipe and `spread` say."

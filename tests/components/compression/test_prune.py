@@ -48,7 +48,18 @@ def test_the_ends_of_every_branch_stay_dense_where_that_is_asked_for():
     assert reasons(chosen) == dict.fromkeys(
         ["first", "shortcut", "head"], "the first or last kernel (compress.prune.dense_ends)"
     )
-    assert choose_prunable(model, PruneOptions(dense_share=0.0), 0.7).untreated == []
+    assert choose_prunable(model, PruneOptions(dense_share=0.0, dense_ends=False), 0.7).untreated == []
+
+
+@pytest.mark.parametrize(("width", "dense"), [(138, {"first", "head"}), (128, set())])
+def test_ends_that_hold_few_of_the_weights_stay_dense_unasked(width, dense):
+    """Ends of 14 weights a channel beside two kernels of width x width: 0.0519 and 0.0482 of all at 128 and 138."""
+    image = layers.Input((8,))
+    x = layers.Dense(width, name="inner")(layers.Dense(width, name="first")(image))
+    model = tf_keras.Model(image, layers.Dense(6, name="head")(layers.Dense(width, name="second")(x)))
+    chosen = choose_prunable(model, PruneOptions(dense_share=0.0), 0.7)
+    assert set(reasons(chosen)) == dense
+    assert chosen.names == {"first", "inner", "second", "head"} - dense
 
 
 def test_larger_kernels_become_sparser_so_that_the_mean_is_what_was_asked_for():
