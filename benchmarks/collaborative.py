@@ -66,7 +66,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--networks", nargs="+", choices=sorted(NETWORKS), default=sorted(NETWORKS))
     parser.add_argument("--epochs", type=int, default=12, help="of the base training")
-    parser.add_argument("--set", nargs="*", default=[], dest="settings", help="for trimline's side, as `trimline run` takes")
+    parser.add_argument(
+        "--set", nargs="*", default=[], dest="settings", help="for trimline's side, as `trimline run` takes"
+    )
     parser.add_argument("--recipes", nargs=3, help="in place of OURS: PQAT, CQAT, PCQAT")
     parser.add_argument("--workspace", default="workspace")
     options = parser.parse_args()
@@ -136,9 +138,12 @@ class Theirs:
 
     def __init__(self, base: TrainedModel, data: PreparedData, seed: int) -> None:
         self.base, self.data, self.seed = base, data, seed
-        self.batches: Batches = make_batches(data, augmentation=pipeline.load_config("fashion_mnist").train.augmentation)
+        self.batches: Batches = make_batches(
+            data, augmentation=pipeline.load_config("fashion_mnist").train.augmentation
+        )
 
     def figures(self, method: str) -> dict[str, float]:
+        """What the file of a method weighs and answers, made now or before."""
         folder = pathlib.Path(f"{self.base.folder}-tfmot-{method}")
         if not (folder / "figures.json").exists():
             folder.mkdir(exist_ok=True)
@@ -154,10 +159,12 @@ class Theirs:
         return read_json(folder / "figures.json")
 
     def twin(self) -> tf_keras.Model:
+        """The base model in tf_keras."""
         tf_keras.utils.set_random_seed(self.seed)
         return to_twin(keras.saving.load_model(self.base.file, compile=False))
 
     def fit(self, model: tf_keras.Model, step: str, rate: float, callbacks: tuple[Any, ...] = ()) -> tf_keras.Model:
+        """Trains as the notebooks do."""
         loss = tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(tf_keras.optimizers.Adam(rate), loss, jit_compile=False)
         steps, rows = self.batches.steps_per_epoch(128), self.batches.training(128, self.seed, 0)
@@ -165,19 +172,23 @@ class Theirs:
         return model
 
     def pruned(self) -> tf_keras.Model:
+        """Half of each kernel zero."""
         schedule = tfmot.sparsity.keras.ConstantSparsity(0.5, begin_step=0, frequency=100)
         model = tfmot.sparsity.keras.prune_low_magnitude(self.twin(), pruning_schedule=schedule)
         self.fit(model, "prune", 1e-5, (tfmot.sparsity.keras.UpdatePruningStep(),))
         return tfmot.sparsity.keras.strip_pruning(model)
 
     def quantized(self, model: tf_keras.Model, scheme: Any) -> tf_keras.Model:
+        """Fake quantization under a scheme that preserves, trained."""
         annotated = tfmot.quantization.keras.quantize_annotate_model(model)
         return self.fit(tfmot.quantization.keras.quantize_apply(annotated, scheme), "qat", 1e-3)
 
     def pqat(self) -> tf_keras.Model:
+        """pqat_example.ipynb."""
         return self.quantized(self.pruned(), tfmot.experimental.combine.Default8BitPrunePreserveQuantizeScheme())
 
     def cqat(self) -> tf_keras.Model:
+        """cqat_example.ipynb."""
         start = tfmot.clustering.keras.CentroidInitialization.KMEANS_PLUS_PLUS
         # By channel needs the wrapper's own call: the public check takes a kernel without bias for its bias.
         model = tfmot.clustering.keras.cluster_weights(
@@ -188,6 +199,7 @@ class Theirs:
         return self.quantized(tfmot.clustering.keras.strip_clustering(model), scheme)
 
     def pcqat(self) -> tf_keras.Model:
+        """pcqat_example.ipynb."""
         start = tfmot.clustering.keras.CentroidInitialization.KMEANS_PLUS_PLUS
         model = sparse.cluster_weights(
             self.pruned(), number_of_clusters=8, cluster_centroids_init=start, preserve_sparsity=True

@@ -230,7 +230,7 @@ class TFLiteFile:
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
-        """{"recipe", "format", "outputs", "sha256", "bytes", "promises": [...], "untreated": [...]}."""
+        """{"recipe", "format", "outputs", "sha256", "bytes", "promises": [...], "untreated": [...]}; of a rescue "rescue" too."""
         return read_json(self.folder / "exported.json")
 
 

@@ -370,7 +370,7 @@ class CompressOptions(Options):
         min_length=1,
         description="Paths in the compression tree: steps joined by '+', strength after '@'. "
         "Steps: channels[@share], lowrank[@energy], prune[@sparsity] (in patterns: @2:4, @0.9:1x4, @0.9:1x16), cluster[@clusters], qat. Last, how it is written: "
-        "float32, float16, dynamic, int8, int16x8, int8_weights, int4_weights; behind that perhaps sparse, which leaves zeros out.",
+        "float32, float16, dynamic, int8, rescue (int8 unless that loses too much), int16x8, int8_weights, int4_weights; behind that perhaps sparse, which leaves zeros out.",
     )
     batch_size: Count | None = Field(None, description="null: as in train.")
     distill: CompressDistillation | None = None
@@ -394,6 +394,18 @@ class CompressOptions(Options):
 # --- delivery ----------------------------------------------------------------------------------------------------
 
 
+class RescueOptions(Options):
+    """What `rescue` may do where int8 loses more than select.max_metric_drop."""
+
+    precisions: Annotated[list[Literal["int16", "float32"]], Field(min_length=1)] | None = Field(
+        None,
+        description="Of raised layers, in the order in which they are tried; null: int16 first, which keeps kernels in int8, and "
+        "float32 first where select.objective is latency, since CPUs have no fast int16 kernels.",
+    )
+    most_layers: Count = Field(8, description="No more layers than this are raised.")
+    qat: bool = Field(True, description="Train the model with quantization in the loop where no precision helps.")
+
+
 class ExportOptions(Options):
     """Keras to TFLite."""
 
@@ -411,6 +423,7 @@ class ExportOptions(Options):
     int16: list[Pattern] = Field(
         [], description="Layers with int16 activations inside an int8 file, likewise; keep_float goes before."
     )
+    rescue: RescueOptions = RescueOptions()
 
 
 class MeasureOptions(Options):

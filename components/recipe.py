@@ -90,6 +90,9 @@ STRENGTHS: dict[str, Strength | None] = {
 TRAINING_STEPS = tuple(STRENGTHS)
 SPARSE = "sparse"
 FORMATS = ("float32", "float16", "dynamic", "int8", "int16x8", "int8_weights", "int4_weights")
+RESCUE = "rescue"
+"""Instead of a format: int8, with layers in another precision where it would lose too much (`components.delivery.rescue`)."""
+WRITTEN = (*FORMATS, RESCUE)
 IO = {"int8": ("float32", "int8", "uint8"), "int16x8": ("float32", "int16")}
 """By format that computes in integers: what its input and output may be. The converter allows no other."""
 
@@ -118,7 +121,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Training steps, then the format of the file, and whether it stores the nonzero weights only."""
+    """Training steps, then how the file is written, one of WRITTEN, and whether it stores the nonzero weights only."""
 
     steps: tuple[Step, ...]
     format: str
@@ -129,6 +132,16 @@ class Recipe:
         plain = self.steps and self.format == "float32" and not self.sparse
         written = [] if quantized or plain else [self.format]
         return "+".join([str(step) for step in self.steps] + written + [SPARSE] * self.sparse)
+
+    @property
+    def in_format(self) -> str:
+        """The format of the file, one of FORMATS."""
+        return "int8" if self.format == RESCUE else self.format
+
+    @property
+    def retrained(self) -> tuple[Step, ...]:
+        """The training steps with qat behind them: the last resort of a rescue."""
+        return (*self.steps, Step("qat"))
 
     @property
     def dense(self) -> Recipe:
@@ -163,7 +176,7 @@ def parse_recipe(text: str, strengths: Mapping[str, float]) -> Recipe:
             raise ConfigError(
                 f"compress.recipes '{text}': '{written}' says how the file is written, so nothing may follow it; got '{part}'. Move '{written}' to the end."
             )
-        if name in FORMATS and not strength:
+        if name in WRITTEN and not strength:
             written = name
         elif name in TRAINING_STEPS:
             step = _step(text, name, strength, strengths)
@@ -175,7 +188,7 @@ def parse_recipe(text: str, strengths: Mapping[str, float]) -> Recipe:
             steps.append(step)
         else:
             raise ConfigError(
-                f"compress.recipes '{text}': unknown step '{part.strip()}'; use one of {', '.join(TRAINING_STEPS + FORMATS)}, strength after '@'."
+                f"compress.recipes '{text}': unknown step '{part.strip()}'; use one of {', '.join(TRAINING_STEPS + WRITTEN)}, strength after '@'."
             )
     quantized = bool(steps) and steps[-1].name == "qat"
     if quantized and written not in (None, "int8"):

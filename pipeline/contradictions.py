@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from components.errors import ConfigError
 from components.options import CsvSource, IdxSource, LineSource
-from components.recipe import IO, Recipe, parse_recipe
+from components.recipe import IO, RESCUE, Recipe, parse_recipe
 from pipeline.yaml_text import KeyPath, dotted, shown
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _impossible(recipe: Recipe, config: Config) -> Iterator[str]:
             f"clusters must be at least 3 after prune, since zero is one of them, got {names['cluster'].strength:g}; "
             "write cluster@3 or more."
         )
-    if recipe.format in IO and "qat" not in names and not config.preprocess.splits.calibration:
+    if recipe.in_format in IO and "qat" not in names and not config.preprocess.splits.calibration:
         yield (
             f"{recipe.format} must have calibration rows to find its ranges, got preprocess.splits.calibration=0; give it a "
             "share, for instance 0.05."
@@ -151,8 +151,20 @@ def _impossible(recipe: Recipe, config: Config) -> Iterator[str]:
             "a recipe with qat must be without export.keep_float and export.int16, since it trains the precision of every "
             f"layer, got {', '.join(named)}; name them in compress.qat.exclude, or leave the recipe out."
         )
-    if config.export.io not in IO.get(recipe.format, (config.export.io,)):
+    if recipe.format == RESCUE:
+        yield from _unguided_rescue(config)
+    if config.export.io not in IO.get(recipe.in_format, (config.export.io,)):
         yield (
-            f"the input and output of an {recipe.format} file must be {' or '.join(IO[recipe.format])}, got "
+            f"the input and output of an {recipe.in_format} file must be {' or '.join(IO[recipe.in_format])}, got "
             f"export.io={config.export.io}; change export.io, or leave the recipe out."
+        )
+
+
+def _unguided_rescue(config: Config) -> Iterator[str]:
+    if config.select.max_metric_drop is None:
+        yield "a rescue must know what may be lost, got select.max_metric_drop=null; set it, for instance to 0.01."
+    if not config.preprocess.splits.validation:
+        yield (
+            "a rescue must have validation rows to tell what is lost, got preprocess.splits.validation=0; give it a share, "
+            "for instance 0.1."
         )

@@ -19,7 +19,7 @@ from typing import Any
 
 from components.artifacts import read_json, sha256, write_json
 from components.errors import ConfigError, ContractError
-from pipeline.stages import Stage
+from pipeline.stage import Stage
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _OURS = ("components", "pipeline", "tpu")

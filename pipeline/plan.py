@@ -9,12 +9,24 @@ import dataclasses
 import importlib.util
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
+from components.delivery.select import REFERENCE
 from components.errors import ConfigError
-from components.recipe import Recipe
+from components.recipe import RESCUE, Recipe
+from components.recipe import Step as TrainingStep
 from pipeline.config import Config
 from pipeline.fingerprint import ContentIndex, fingerprint
-from pipeline.stages import JOURNEY, STAGES, TEACHER, Stage, parse_step, prefix_name, teacher_config, teacher_files
+from pipeline.stage import Stage
+from pipeline.stages import (
+    JOURNEY,
+    STAGES,
+    TEACHER,
+    parse_step,
+    prefix_name,
+    teacher_config,
+    teacher_files,
+)
 from pipeline.store import Key, Store
 
 
@@ -28,6 +40,8 @@ class Step:
       config: What it is told: the run's own, or its teacher's.
       recipe: What it carries out; None for stages that know no recipes.
       takes: Names of the steps whose artifacts it reads.
+      asks: Names of those that it may read, and has made where they are not there.
+      lazy: True where it is made only if another step asks for it.
       key: Where its artifact is in the store, if every input succeeds.
     """
 
@@ -36,6 +50,8 @@ class Step:
     config: Config
     recipe: Recipe | None
     takes: tuple[str, ...]
+    asks: tuple[str, ...]
+    lazy: bool
     key: Key
 
 
@@ -58,14 +74,14 @@ class Plan:
             return step.key
         stage = step.stage
         options = {**stage.options(self.config, step.recipe), "failures": dict(sorted(failures.items()))}
-        inputs = [each.key.fingerprint for each in self.steps if each.name in step.takes]
+        inputs = [each.key.fingerprint for each in self.steps if each.name in step.takes + step.asks]
         return Key(stage.name, fingerprint(stage, options, inputs, self.content.get(stage.name, ())))
 
     def after(self, stages: Iterable[str]) -> Iterator[Step]:
         """The steps of `stages`, and every step that depends on one of them."""
         touched: set[str] = set()
         for step in self.steps:
-            if step.stage.name in stages or touched.intersection(step.takes):
+            if step.stage.name in stages or touched.intersection(step.takes + step.asks):
                 touched.add(step.name)
                 yield step
 
@@ -93,14 +109,14 @@ def make_plan(config: Config, *, until: str | None = None) -> Plan:
     taught_content = {"train": _train_content(taught, index)} if taught is not None else {}
     index.save()
     steps: dict[str, Step] = {}
-    for name, stage, recipe, takes in _layout(config):
+    for name, stage, recipe, takes, asks, lazy in _layout(config):
         its, read = (taught, taught_content) if taught is not None and name == TEACHER else (config, content)
         options = stage.options(its, recipe)
         if stage.name == "preprocess":
             options["source"] = {k: v for k, v in options["source"].items() if not _is_path(k)}
-        inputs = [steps[each].key.fingerprint for each in takes]
+        inputs = [steps[each].key.fingerprint for each in takes + asks]
         key = Key(stage.name, fingerprint(stage, options, inputs, read.get(stage.name, ())))
-        steps[name] = Step(name, stage, its, recipe, takes, key)
+        steps[name] = Step(name, stage, its, recipe, takes, asks, lazy, key)
     names = [stage.name for stage in JOURNEY]
     last = len(names) - 1 if until is None else names.index(until)
     walked = tuple(step for step in steps.values() if names.index(step.stage.name) <= last)
@@ -124,29 +140,56 @@ def recipes(config: Config) -> list[Recipe]:
     return list({str(recipe): recipe for recipe in both}.values())
 
 
-def _layout(config: Config) -> Iterator[tuple[str, Stage, Recipe | None, tuple[str, ...]]]:
-    """(name, stage, recipe, takes) of every step, in the order in which they are walked."""
+class _Place(NamedTuple):
+    """A step before its fingerprint is known; see `Step`."""
+
+    name: str
+    stage: Stage
+    recipe: Recipe | None
+    takes: tuple[str, ...]
+    asks: tuple[str, ...] = ()
+    lazy: bool = False
+
+
+def _layout(config: Config) -> Iterator[_Place]:
+    """Every step, in the order in which they are walked."""
     wanted = recipes(config)
-    yield "preprocess", STAGES["preprocess"], None, ()
+    yield _Place("preprocess", STAGES["preprocess"], None, ())
     teacher = (TEACHER,) if teacher_config(config) is not None else ()
     for name in teacher:
-        yield name, STAGES["train"], None, ("preprocess",)
-    yield "train", STAGES["train"], None, ("preprocess", *teacher)
+        yield _Place(name, STAGES["train"], None, ("preprocess",))
+    yield _Place("train", STAGES["train"], None, ("preprocess", *teacher))
     prefixes = {prefix_name(path): path for recipe in wanted for path in recipe.prefixes()}
-    for name, path in sorted(prefixes.items(), key=lambda item: len(item[1])):
+    resorts = {prefix_name(path): path for path in (_last_resort(recipe, config) for recipe in wanted) if path}
+    for name, path in sorted((prefixes | resorts).items(), key=lambda item: len(item[1])):
         before = ("preprocess", "train") if len(path) == 1 else ("preprocess", "train", prefix_name(path[:-1]))
-        yield name, STAGES["compress"], Recipe(path, "float32"), before
-    exports, measures = [], []
-    for recipe in wanted:
-        exports.append(f"export {recipe}")
-        yield exports[-1], STAGES["export"], recipe, ("preprocess", prefix_name(recipe.steps))
-    for recipe in wanted:
-        measures.append(f"measure {recipe}")
-        yield measures[-1], STAGES["measure"], recipe, ("preprocess", f"export {recipe}")
-    everything = ("preprocess", "train", *prefixes, *exports, *measures)
-    yield "select", STAGES["select"], None, everything
-    yield "bundle", STAGES["bundle"], None, (*everything, "select")
-    yield "report", STAGES["report"], None, (*everything, "select")
+        yield _Place(name, STAGES["compress"], Recipe(path, "float32"), before, lazy=name not in prefixes)
+    for rescued in (False, True):  # what a rescue loses is told against float32, so that is measured by then
+        its = [recipe for recipe in wanted if (recipe.format == RESCUE) == rescued]
+        yield from (_export_of(recipe, config) for recipe in its)
+        yield from (
+            _Place(f"measure {each}", STAGES["measure"], each, ("preprocess", f"export {each}")) for each in its
+        )
+    files = [f"{stage} {recipe}" for stage in ("export", "measure") for recipe in wanted]
+    everything = ("preprocess", "train", *prefixes, *files)
+    yield _Place("select", STAGES["select"], None, everything)
+    lazy = tuple(name for name in resorts if name not in prefixes)
+    yield _Place("bundle", STAGES["bundle"], None, (*everything, "select"), lazy)
+    yield _Place("report", STAGES["report"], None, (*everything, "select"))
+
+
+def _export_of(recipe: Recipe, config: Config) -> _Place:
+    takes = ("preprocess", prefix_name(recipe.steps))
+    if recipe.format != RESCUE:
+        return _Place(f"export {recipe}", STAGES["export"], recipe, takes)
+    path = _last_resort(recipe, config)
+    asks = (prefix_name(path),) if path else ()
+    return _Place(f"export {recipe}", STAGES["export"], recipe, (*takes, f"measure {REFERENCE}"), asks)
+
+
+def _last_resort(recipe: Recipe, config: Config) -> tuple[TrainingStep, ...]:
+    """The training steps that a rescue may end in; none for other recipes."""
+    return recipe.retrained if recipe.format == RESCUE and config.export.rescue.qat else ()
 
 
 def _is_path(field: str) -> bool:

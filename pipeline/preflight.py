@@ -12,7 +12,8 @@ from components.errors import ConfigError, TrimlineError
 from pipeline.config import Config
 from pipeline.fingerprint import fingerprint
 from pipeline.plan import Plan, Step, recipes
-from pipeline.stages import Stage, teacher_config, teacher_files
+from pipeline.stage import Stage
+from pipeline.stages import teacher_config, teacher_files
 from pipeline.store import Key
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def _check_strategy(config: Config) -> list[Finding]:
 
 
 def _check_model(plan: Plan) -> list[Finding]:
-    if all(plan.cached(step) for step in plan.steps if step.stage.name in ("train", "compress")):
+    trains = [step for step in plan.steps if step.stage.name in ("train", "compress") and not step.lazy]
+    if all(map(plan.cached, trains)):
         return []  # what is trained already was possible
     key = _key(plan)
     if not plan.store.completed(key):

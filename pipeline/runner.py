@@ -18,7 +18,8 @@ from pipeline.plan import Plan, Step, check_stages, make_plan
 from pipeline.quiet import quiet as silence
 from pipeline.results import FILE, Results
 from pipeline.screen import Screen
-from pipeline.stages import JOURNEY, Call
+from pipeline.stage import Call
+from pipeline.stages import JOURNEY
 from pipeline.store import EVENTS, publish, retract
 
 log = logging.getLogger("trimline")
@@ -107,14 +108,15 @@ def _walk(plan: Plan, folder: pathlib.Path, screen: Screen) -> dict[str, pathlib
     done: dict[str, pathlib.Path] = {}
     lost: dict[str, str] = {}  # step name -> why it has no artifact
     failures: dict[str, str] = {}  # recipe -> the same, for results.json
-    screen.start(len(plan.steps))
-    for number, step in enumerate(plan.steps):
+    steps = [step for step in plan.steps if not step.lazy]
+    screen.start(len(steps))
+    for number, step in enumerate(steps):
         broken = next((lost[each] for each in step.takes if each in lost), None)
         if broken is not None and step.stage.name in _PER_RECIPE:
             lost[step.name] = broken
         else:
             try:
-                done[step.name] = _carry_out(plan, step, done, failures, folder, number, screen)
+                done[step.name] = _carry_out(plan, step, done, lost, failures, folder, number, screen)
                 continue
             except Exception as error:  # kept: in the log with its traceback, and in results.json
                 if step.stage.name not in _PER_RECIPE:
@@ -140,11 +142,19 @@ def _carry_out(
     plan: Plan,
     step: Step,
     done: dict[str, pathlib.Path],
+    lost: dict[str, str],
     failures: dict[str, str],
     run_folder: pathlib.Path,
     number: int,
     screen: Screen,
 ) -> pathlib.Path:
+    def demand(name: str) -> pathlib.Path:
+        """Not put into `done`: the time that it takes is part of this step's."""
+        if name in lost:
+            raise TrimlineError(lost[name])
+        asked = next(each for each in plan.steps if each.name == name)
+        return done.get(name) or _carry_out(plan, asked, done, lost, failures, run_folder, number, screen)
+
     key, store = plan.key(step, failures), plan.store
     place = run_folder / "tensorboard" / scope(step)
     if store.completed(key):
@@ -159,7 +169,7 @@ def _carry_out(
             with trace:
                 taken = {name: done[name] for name in step.takes if name in done}
                 step.stage.run(
-                    Call(step.name, step.config, partial, taken, step.recipe, dict(failures), seconds, trace)
+                    Call(step.name, step.config, partial, taken, demand, step.recipe, dict(failures), seconds, trace)
                 )
             gc.collect()
 

@@ -62,12 +62,15 @@ class Screen:
 
     @contextlib.contextmanager
     def step(self, name: str, number: int) -> Iterator[None]:
-        """Shows one step while the body works at it; a line stays when it is done."""
+        """Shows one step while the body works at it; a line stays when it is done.
+
+        A step inside a step moves the bar of the outer one, under lines of its own.
+        """
         clock, self._note = time.monotonic(), ""
         if self._console is None:
             yield
             return
-        if self._console.is_terminal:
+        if self._console.is_terminal and self._bar is None:
             with self._live(f"{number + 1}/{self._steps} {name}"):
                 yield
         else:

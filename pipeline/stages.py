@@ -8,97 +8,26 @@ that calls the stage's one public verb. Stages meet here and nowhere else: `comp
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import pathlib
+import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from components.artifacts import (
-    Batches,
-    CompressedModel,
-    Measured,
-    PreparedData,
-    TFLiteFile,
-    TrainedModel,
-    read_json,
-)
+from components.artifacts import CompressedModel, Measured, TFLiteFile, TrainedModel, read_json
+from components.delivery.select import REFERENCE
 from components.machine import processor
-from components.options import CompressDistillation, TrainDistillation
-from components.recipe import Recipe, parse_recipe
+from components.options import CompressDistillation, ExportOptions, TrainDistillation
+from components.recipe import RESCUE, Recipe, parse_recipe
 from components.tracing import Trace
 from pipeline import results
+from pipeline.stage import Call, Stage
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from components.delivery.errors_by_layer import LayerError
     from pipeline.config import Config
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """All that a stage's function gets.
-
-    Attributes:
-      name: The step's name in the plan: 'train', 'export int8', ...
-      config: The whole configuration; a function reads only what its row's `options` names.
-      folder: Where the artifact is built; may hold what a killed attempt left.
-      takes: Finished artifacts, by step name ('train', 'compress prune@0.8', ...).
-      recipe: The recipe, or prefix of one, that this step carries out; None where there is none.
-      failures: Recipe -> why it could not be carried out; read by `select` only.
-      seconds: Step name -> how long it worked; read by `select` only.
-      trace: Where numbers, progress and warnings go.
-    """
-
-    name: str
-    config: Config
-    folder: pathlib.Path
-    takes: dict[str, pathlib.Path]
-    recipe: Recipe | None
-    failures: dict[str, str]
-    seconds: dict[str, float]
-    trace: Trace
-
-    @property
-    def data(self) -> PreparedData:
-        """The prepared data, which every later stage may read."""
-        return PreparedData(self.takes["preprocess"])
-
-    @functools.cached_property
-    def strategy(self) -> Any:
-        """The `tf.distribute` strategy of the run."""
-        from pipeline.strategy import make_strategy
-
-        return make_strategy(self.config.strategy)
-
-    def batches(self) -> Batches:
-        """The training data as `tf.data`, augmented as the configuration says."""
-        from components.data.dataset import make_batches
-
-        return make_batches(self.data, augmentation=self.config.train.augmentation)
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One row of the journey.
-
-    Attributes:
-      name: As the user writes it after `--until` and `--force`.
-      options: The part of the configuration that the result depends on; goes into the fingerprint.
-      run: Calls the stage's verb.
-      modules: Where its code is; these and all that they import from `components` go into the fingerprint.
-      libraries: Distributions whose versions go into the fingerprint.
-      files: What else its result depends on, below the repository's root.
-      resumes: True where the verb goes on from what a killed attempt left.
-    """
-
-    name: str
-    options: Callable[[Config, Recipe | None], dict[str, Any]]
-    run: Callable[[Call], None]
-    modules: tuple[str, ...]
-    libraries: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
-    resumes: bool = False
 
 
 def _preprocess(call: Call) -> None:
@@ -204,35 +133,101 @@ def _compress(call: Call) -> None:
 
 
 def _export(call: Call) -> None:
+    recipe = _recipe(call)
+    if recipe.format == RESCUE:
+        return _rescue(call, recipe)
+    _write(call, recipe.steps, recipe.format, call.config.export, call.folder, call.trace)
+    return None
+
+
+def _write(
+    call: Call, steps: tuple[Any, ...], format: str, options: ExportOptions, folder: pathlib.Path, trace: Trace
+) -> TFLiteFile:
+    """The model of these training steps as a file, under the name of the call's recipe."""
     from components.data.dataset import read
     from components.delivery.calibration import CALIBRATION_LIMIT
     from components.delivery.export import export
 
     recipe = _recipe(call)
-    model, facts, promises = _model_to_export(call, recipe)
+    model, facts, promises = _model_to_export(call, steps)
     calibration, labels = read(call.data, "calibration")
-    export(
+    return export(
         str(recipe),
-        recipe.format,
+        format,
         model,
         call.data.spec,
         facts["outputs"],
-        call.config.export,
+        options,
         calibration,
-        call.folder,
+        folder,
         labels=labels,
         held_out=read(call.data, "validation", CALIBRATION_LIMIT)[0],
         promises=promises,
         untreated=facts.get("untreated", []),
         sparse=recipe.sparse,
         seed=call.config.seed,
+        trace=trace,
+    )
+
+
+def _rescue(call: Call, recipe: Recipe) -> None:
+    from components.data.dataset import read
+    from components.delivery.errors_by_layer import ROWS, errors_by_layer
+    from components.delivery.measure import metric, predict
+    from components.delivery.owners import layer_classes
+    from components.delivery.rescue import rescue
+    from components.delivery.select import drop
+
+    options, select = call.config.export, call.config.select
+    layers = layer_classes(_model_to_export(call, recipe.steps)[0])
+    whole = Measured(call.takes[f"measure {REFERENCE}"]).variant
+    inputs, labels = read(call.data, "validation")
+    quiet = Trace(on_progress=call.trace.progress)  # int8 has said what there is to say of all these files
+
+    def write(each: ExportOptions, folder: pathlib.Path) -> TFLiteFile:
+        return _write(call, recipe.steps, "int8", each, folder, call.trace if each is options else quiet)
+
+    def retrain(folder: pathlib.Path) -> TFLiteFile:
+        return _write(call, recipe.retrained, "int8", options, folder, quiet)
+
+    def lost(file: TFLiteFile) -> float:
+        value = metric(predict(file.file, inputs), labels, call.data.spec)
+        return drop(whole["validation_metric"], value, whole["metric_name"])
+
+    def blame(file: TFLiteFile) -> list[LayerError]:
+        with tempfile.TemporaryDirectory() as folder:
+            whole_file = _write(call, recipe.steps, "float32", options, pathlib.Path(folder), quiet)
+            rows = read(call.data, "calibration", ROWS)[0]
+            return errors_by_layer(whole_file.file, file.file, rows, list(layers))
+
+    assert select.max_metric_drop is not None, "the configuration refuses a rescue without a limit"
+    fast_first = ("float32", "int16") if select.objective == "latency" else ("int16", "float32")
+    rescue(
+        write,
+        retrain if options.rescue.qat else None,
+        lost,
+        blame,
+        layers,
+        options,
+        call.folder,
+        allowed=select.max_metric_drop,
+        precisions=options.rescue.precisions or fast_first,
         trace=call.trace,
     )
 
 
-def _model_to_export(call: Call, recipe: Recipe) -> tuple[Any, dict[str, Any], list[Any]]:
-    """The live model of a recipe's training steps, the facts of its artifact, and what the file must show."""
-    if not recipe.steps:
+def _rescue_facts(config: Config) -> dict[str, Any]:
+    select = config.select
+    return {
+        **config.export.rescue.model_dump(),
+        "allowed": select.max_metric_drop,
+        "fast_first": select.objective == "latency",
+    }
+
+
+def _model_to_export(call: Call, steps: tuple[Any, ...]) -> tuple[Any, dict[str, Any], list[Any]]:
+    """The live model of these training steps, the facts of its artifact, and what the file must show."""
+    if not steps:
         from components.training.model import load
 
         trained = TrainedModel(call.takes["train"])
@@ -240,7 +235,7 @@ def _model_to_export(call: Call, recipe: Recipe) -> tuple[Any, dict[str, Any], l
     from components.compression.compress import load as load_compressed
 
     _know_layers(call)
-    compressed = CompressedModel(call.takes[prefix_name(recipe.steps)])
+    compressed = CompressedModel(call.demand(prefix_name(steps)))
     return load_compressed(compressed), compressed.facts, compressed.promises
 
 
@@ -289,11 +284,12 @@ def _bundle(call: Call) -> None:
     if name is None:
         return  # nothing met the constraints: the runner says so after the report
     variant = next(each for each in chosen["variants"] if each["recipe"] == name)
-    recipe = parse_step(call.config, name)
-    model, _, _ = _model_to_export(call, recipe)
+    recipe, file = parse_step(call.config, name), TFLiteFile(call.takes[f"export {name}"])
+    retrained = file.facts.get("rescue", {}).get("taken") == "qat"
+    model, _, _ = _model_to_export(call, recipe.retrained if retrained else recipe.steps)
     bundle(
         variant,
-        TFLiteFile(call.takes[f"export {name}"]),
+        file,
         call.data,
         call.config.bundle,
         call.folder,
@@ -403,11 +399,17 @@ JOURNEY = (
         "export",
         lambda config, recipe: {
             "recipe": str(recipe),
-            "export": config.export.model_dump(),
+            "export": config.export.model_dump(exclude={"rescue"}),
+            "rescue": _rescue_facts(config) if recipe and recipe.format == RESCUE else None,
             "seed": config.seed,
         },
         _export,
-        ("components.delivery.export", "components.compression.compress", "components.training.model"),
+        (
+            "components.delivery.export",
+            "components.delivery.rescue",
+            "components.compression.compress",
+            "components.training.model",
+        ),
         ("tensorflow", "keras", "tf-keras", "tensorflow-model-optimization", "ai-edge-quantizer"),
     ),
     Stage(

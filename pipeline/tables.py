@@ -104,7 +104,9 @@ def show_plan(plan: Plan, findings: list[Finding], *, as_json: bool) -> None:
 def _state(plan: Plan, step: Any) -> str:
     if plan.cached(step):
         return "cached"
-    return "goes on" if step.stage.resumes and plan.store.partial(step.key).exists() else "runs"
+    if step.stage.resumes and plan.store.partial(step.key).exists():
+        return "goes on"
+    return "if needed" if step.lazy else "runs"
 
 
 def show_proof(proof: Any, *, as_json: bool) -> None:

@@ -294,3 +294,44 @@ def test_ctrl_c_is_one_line_and_the_next_run_goes_on(tmp_path):
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130
     assert said == "trimline: stopped. What was finished is kept; the same command goes on from here.\n"
+
+
+@pytest.mark.slow
+def test_a_model_that_int8_ruins_is_rescued_and_its_bundle_holds(journey, tmp_path):
+    """One constant of 3,000 among the activations of a trained model, which the next layer does not look at."""
+    import keras
+
+    write_slice(tmp_path)
+    (trained,) = (journey / "workspace" / "store" / "train").glob("*/model.keras")
+    whole = keras.saving.load_model(trained)
+    conv, head = (whole.get_layer(name) for name in ("conv2_conv", "logits"))
+    norm = whole.get_layer("conv2_norm")
+    gamma, beta, *rest = norm.get_weights()
+    gamma[-1], beta[-1] = 0, 3000
+    norm.set_weights([gamma, beta, *rest])
+    kernel, bias = head.get_weights()
+    kernel[-1] = 0
+    head.set_weights([kernel, bias])
+    whole.save(tmp_path / "ruined.keras")
+    sets = {
+        "compress.recipes": "[int8, rescue, prune@0.5+qat]",
+        "select.max_metric_drop": "0.05",
+        "export.rescue.qat": "false",
+    }
+    done = trimline(
+        "compress",
+        "ruined.keras",
+        "--data",
+        "slice.yaml",
+        *(f"--set={key}={value}" for key, value in sets.items()),
+        folder=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    found = json.loads((tmp_path / "workspace" / "ruined" / "results.json").read_text())
+    by_recipe = {variant["recipe"]: variant for variant in found["variants"]}
+    assert by_recipe["int8"]["validation_drop"] > 0.2
+    assert by_recipe["rescue"]["validation_drop"] <= 0.05
+    assert by_recipe["rescue"]["rescue"]["met"]
+    assert conv.name in by_recipe["rescue"]["rescue"]["rungs"][-1]["layers"]
+    assert by_recipe["rescue"]["status"] == "ok"
+    assert f"note     rescue: int8 loses {by_recipe['int8']['validation_drop']:.4f} on validation rows" in done.stdout

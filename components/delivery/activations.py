@@ -46,6 +46,13 @@ class Activation:
         codes = np.iinfo(self.dtype)
         return (int(codes.min) - self.zero_point) * self.scale, (int(codes.max) - self.zero_point) * self.scale
 
+    def rounded(self, values: np.ndarray) -> np.ndarray:
+        """`values` (float, any shape) as they are once written in its codes; unchanged where it is float."""
+        if self.range is None:
+            return values
+        low, high = self.range
+        return np.clip(np.round(values / self.scale) * self.scale, low, high)
+
 
 class Activations:
     """A file that keeps everything it computes.

@@ -11,15 +11,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from components.delivery.activations import Activations
+from components.delivery.owners import Operation
 from components.errors import ContractError
 
 VIEWS = ("EXPAND_DIMS", "RESHAPE", "SQUEEZE")
 """These mix channels and places up, and change no value: their noise is that of their input."""
+ROWS = 64
+"""As many rows tell layers apart; every tensor of both files is kept for each."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,12 +35,21 @@ class LayerError:
       snr_db: Signal-to-noise ratio of its output, decibels; of the worst where it has several. The signal is what varies
         within a channel (last axis) over rows and places: a constant, however large, tells a network nothing.
       added: Noise that it adds to that of its worst input, as a share of its own signal, both as powers; 0 at least.
+      rounding: Noise of nothing but its output's rounding to the file's type, likewise; of the worst where it has several.
+      readers: Layers that read its output. While they take it as the type that it has, a better layer changes nothing.
     """
 
     layer: str
     operators: tuple[str, ...]
     snr_db: float
     added: float
+    rounding: float = 0.0
+    readers: tuple[str, ...] = ()
+
+    @property
+    def blames_output(self) -> bool:
+        """Whether the type of its output is to blame, more than what it computes with."""
+        return self.rounding > self.added / 2
 
 
 def errors_by_layer(
@@ -58,7 +70,7 @@ def errors_by_layer(
       ContractError: The files share no tensor, so they are not of one model.
     """
     reference, other = (Activations(path.read_bytes(), layers) for path in (float_file, file))
-    shares = _noise_shares(reference, other, inputs)
+    shares, rounding = _noise_shares(reference, other, inputs)
     found: dict[str, LayerError] = {}
     for operation in reference.operations:
         share = max((shares[index] for index in operation.outputs if index in shares), default=None)
@@ -71,6 +83,8 @@ def errors_by_layer(
             operators=(*(held.operators if held else ()), operation.kind),
             snr_db=min(_decibels(share), held.snr_db if held else math.inf),
             added=(share - before if share > before else 0.0) + (held.added if held else 0.0),
+            rounding=max([rounding[index] for index in operation.outputs if index in rounding], default=0.0),
+            readers=tuple(dict.fromkeys(_readers(reference.operations, operation))),
         )
     if found.keys().isdisjoint(each.layer for each in reference.operations[:-1]) and len(reference.operations) > 1:
         raise ContractError(
@@ -79,17 +93,30 @@ def errors_by_layer(
     return sorted(found.values(), key=lambda each: -each.added)
 
 
-def _noise_shares(reference: Activations, other: Activations, inputs: np.ndarray) -> dict[int, float]:
-    """By the tensor's number in the float file: power of the noise as a share of that of the signal."""
+def _readers(operations: Sequence[Operation], made: Operation) -> Iterator[str]:
+    """Layers of the operators that read what `made` makes, through views of it too."""
+    for each in operations:
+        if not set(each.inputs).isdisjoint(made.outputs) and each.layer != made.layer:
+            yield each.layer
+            if each.kind in VIEWS:
+                yield from _readers(operations, each)
+
+
+def _noise_shares(
+    reference: Activations, other: Activations, inputs: np.ndarray
+) -> tuple[dict[int, float], dict[int, float]]:
+    """By the tensor's number in the float file: power of all its noise, and of its own rounding's, as shares of the signal's."""
     places = {each.name: place for place, each in enumerate(reference.tensors)}
     of_other = {each.index: place for place, each in enumerate(other.tensors)}
     pairs = {places[name]: of_other[each.index] for name, each in other.by_name(places).items()}
-    sums: dict[int, _Sums] = {place: _Sums() for place in pairs}
+    noise: dict[int, _Sums] = {place: _Sums() for place in pairs}
+    rounding: dict[int, _Sums] = {place: _Sums() for place in pairs}
     for example in inputs:
         wanted, got = reference.run(example), other.run(example)
         for place, partner in pairs.items():
-            sums[place].add(wanted[place], got[partner])
-    return _by_index(reference, sums)
+            noise[place].add(wanted[place], got[partner])
+            rounding[place].add(wanted[place], other.tensors[partner].rounded(wanted[place]))
+    return _by_index(reference, noise), _by_index(reference, rounding)
 
 
 def _by_index(reference: Activations, sums: Mapping[int, _Sums]) -> dict[int, float]:

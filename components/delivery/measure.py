@@ -91,6 +91,7 @@ def measure(
         "latency_ms": timing,
         "proof": proof.summary(),
         "untreated": facts["untreated"],
+        **({"rescue": facts["rescue"]} if "rescue" in facts else {}),
     }
     np.savez(folder / "predictions.npz", outputs=outputs, labels=labels)
     write_json(folder / "proof.json", {**proof.to_json(), "broken": broken})

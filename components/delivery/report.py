@@ -21,6 +21,7 @@ from components.artifacts import SPLITS
 from components.delivery import charts
 from components.delivery.charts import Palette, working
 from components.delivery.measure import confusion
+from components.delivery.rescue import in_words as rescue_in_words
 from components.delivery.select import REFERENCE, deciding_drop
 
 # A matrix of more classes is no longer read; the most frequent mistakes are.
@@ -65,6 +66,7 @@ def report(
         matrix=_matrix(labels, predictions) if labels and predictions else None,
         stages=stages(results["seconds"]),
         untreated=untreated(results),
+        rescues=[(each["recipe"], rescue_in_words(each["rescue"]), each["rescue"]) for each in _rescued(results)],
         splits=[(split, results["examples"][split]) for split in SPLITS if split in results["examples"]],
         lost=[each for each in results["variants"] if each["status"] != "ok"],
     )
@@ -196,6 +198,10 @@ def untreated(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         {"layer": layer, "class": kind, "reason": reason, "recipes": recipes}
         for (layer, kind, reason), recipes in found.items()
     ]
+
+
+def _rescued(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [each for each in results["variants"] if each.get("rescue")]
 
 
 def in_time(seconds: float) -> str:

@@ -85,9 +85,14 @@ def drops(variants: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _drop(reference: Mapping[str, Any] | None, variant: Mapping[str, Any], key: str) -> float | None:
     if reference is None or reference.get(key) is None or variant.get(key) is None:
         return None
-    lost = reference[key] - variant[key]
+    return drop(reference[key], variant[key], variant.get("metric_name", ""))
+
+
+def drop(reference: float, value: float, metric_name: str) -> float:
+    """What is lost from `reference` to `value`; positive is worse, whichever way the metric points."""
+    lost = reference - value
     # Rounded: 0.9 - 0.875 is no tidier in binary, and a limit of 0.025 must hold for it.
-    return round(-lost if variant.get("metric_name") in LOWER_IS_BETTER else lost, 9) + 0.0
+    return round(-lost if metric_name in LOWER_IS_BETTER else lost, 9) + 0.0
 
 
 def remarks(variants: Sequence[Mapping[str, Any]]) -> list[str]:

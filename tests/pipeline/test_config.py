@@ -171,7 +171,7 @@ REFUSED = {
     "compress: {recipes: int8}": "my.yaml:4: compress.recipes must be a list of at least one, each text, got 'int8'; put it "
     "in brackets: [int8].",
     "compress:\n  recipes:\n  - int8\n  - prnue": "my.yaml:7: compress.recipes 'prnue': unknown step 'prnue'; use one of "
-    "channels, lowrank, prune, cluster, qat, float32, float16, dynamic, int8, int16x8, int8_weights, int4_weights, strength after '@'.",
+    "channels, lowrank, prune, cluster, qat, float32, float16, dynamic, int8, int16x8, int8_weights, int4_weights, rescue, strength after '@'.",
     "preprocess:\n  splits: {test: 0.9, validation: 0.2}": "my.yaml:5: preprocess.splits: test + validation + calibration "
     "must be below 1, got 1.15; lower one of them.",
     "preprocess: {columns: {a b: {kind: nubmer}}}": "my.yaml:4: preprocess.columns.'a b'.kind must be one of auto, number, "
@@ -202,6 +202,12 @@ REFUSED = {
     "preprocess: {splits: {calibration: 0}}\ncompress: {recipes: [prune@0.5+int16x8]}": "my.yaml:5: compress.recipes "
     "'prune@0.5+int16x8': int16x8 must have calibration rows to find its ranges, got preprocess.splits.calibration=0; give it a "
     "share, for instance 0.05.",
+    "select: {max_metric_drop: null}\ncompress: {recipes: [prune@0.5+rescue]}": "my.yaml:5: compress.recipes 'prune@0.5+rescue': a "
+    "rescue must know what may be lost, got select.max_metric_drop=null; set it, for instance to 0.01.",
+    "preprocess: {splits: {validation: 0}}\ncompress: {recipes: [rescue]}": "my.yaml:5: compress.recipes 'rescue': a rescue must have "
+    "validation rows to tell what is lost, got preprocess.splits.validation=0; give it a share, for instance 0.1.",
+    "preprocess: {splits: {calibration: 0}}\ncompress: {recipes: [rescue]}": "my.yaml:5: compress.recipes 'rescue': rescue must have "
+    "calibration rows to find its ranges, got preprocess.splits.calibration=0; give it a share, for instance 0.05.",
     "export: {keep_float: [head]}\ncompress: {recipes: [int8, qat]}": "my.yaml:5: compress.recipes 'qat': a recipe with qat must be "
     "without export.keep_float and export.int16, since it trains the precision of every layer, got head; name them in "
     "compress.qat.exclude, or leave the recipe out.",

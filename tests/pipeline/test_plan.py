@@ -176,3 +176,25 @@ def test_forcing_a_stage_reaches_all_that_depends_on_it(tmp_path):
         "measure float32", "measure int8", "measure prune@0.5+int8", "measure prune@0.5+qat", "measure prune@0.8+qat",
         "select", "bundle", "report",
     }  # fmt: skip
+
+
+def test_a_rescue_may_ask_for_qat_and_waits_for_float32(tmp_path):
+    steps = {step.name: step for step in make_plan(config(tmp_path, compress__recipes=["prune+rescue"])).steps}
+    export = steps["export prune@0.7+rescue"]
+    assert export.takes == ("preprocess", "compress prune@0.7", "measure float32")
+    assert export.asks == ("compress prune@0.7+qat",)
+    assert [name for name, step in steps.items() if step.lazy] == ["compress prune@0.7+qat"]
+    assert steps["bundle"].asks == ("compress prune@0.7+qat",)
+    both = make_plan(config(tmp_path, compress__recipes=["prune+rescue", "prune+qat"])).steps
+    assert not any(step.lazy for step in both)
+    alone = config(tmp_path, compress__recipes=["rescue"], export={"rescue": {"qat": False}})
+    assert not any(step.lazy or step.asks for step in make_plan(alone).steps)
+
+
+def test_the_limit_of_a_rescue_redoes_the_rescue_and_no_other_file(tmp_path):
+    recipes = ["int8", "rescue"]
+    loose, tight = (
+        keys(tmp_path, compress__recipes=recipes, select={"max_metric_drop": drop}) for drop in (0.02, 0.01)
+    )
+    changed = {name for name in loose if loose[name] != tight[name]}
+    assert changed == {"export rescue", "measure rescue", "select", "bundle", "report"}

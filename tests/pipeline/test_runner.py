@@ -13,10 +13,12 @@ from pipeline import plan as plan_module
 from pipeline.config import from_dict
 from pipeline.runner import run, scope
 from pipeline.screen import Screen
-from pipeline.stages import STAGES, Call
+from pipeline.stage import Call
+from pipeline.stages import STAGES
 
 CALLS: list[str] = []
 FAULTS: dict[str, Exception] = {}
+DEMANDS: dict[str, str] = {}
 
 
 def work(call: Call) -> None:
@@ -25,6 +27,8 @@ def work(call: Call) -> None:
     CALLS.append(name)
     if name in FAULTS:
         raise FAULTS[name]
+    if name in DEMANDS:
+        write_json(call.folder / "got.json", call.demand(DEMANDS[name]).name)
     if name == "select":
         write_json(call.folder / "results.json", {"selected": None, "variants": [], "failures": call.failures})
     if name == "report":
@@ -35,6 +39,7 @@ def work(call: Call) -> None:
 def config(tmp_path, monkeypatch):
     CALLS.clear()
     FAULTS.clear()
+    DEMANDS.clear()
     monkeypatch.setattr(plan_module, "STAGES", {n: dataclasses.replace(s, run=work) for n, s in STAGES.items()})
     return from_dict(
         {
@@ -147,6 +152,40 @@ def test_what_a_library_prints_goes_to_the_log(config, tmp_path, capfd, monkeypa
     run(config)
     assert "noise" not in capfd.readouterr().err
     assert "noise from C" in (tmp_path / "t" / "run.log").read_text()
+
+
+def rescuing(config, *recipes):
+    return config.model_copy(update={"compress": config.compress.model_copy(update={"recipes": list(recipes)})})
+
+
+def test_a_step_that_nobody_asks_for_is_not_made(config):
+    run(rescuing(config, "rescue"))
+    assert [name for name in CALLS if name.startswith(("compress", "export", "measure"))] == [
+        "export float32",
+        "measure float32",
+        "export rescue",
+        "measure rescue",
+    ]
+
+
+def test_a_step_that_is_asked_for_is_made_once_and_is_the_one_of_its_own_recipe(config):
+    DEMANDS["export rescue"] = "compress qat"
+    stream = io.StringIO()
+    run(rescuing(config, "rescue"), screen=Screen(rich.console.Console(file=stream, width=120)))
+    assert CALLS.count("compress qat") == 1
+    assert "done     compress qat" in stream.getvalue()
+    CALLS.clear()
+    run(rescuing(config, "rescue", "qat"))
+    assert "compress qat" not in CALLS
+    assert "export qat" in CALLS
+
+
+def test_what_is_asked_for_in_vain_gives_its_reason_and_is_tried_once(config):
+    DEMANDS["export rescue"] = "compress qat"
+    FAULTS["compress qat"] = ModelError("nothing to quantize.")
+    results = run(rescuing(config, "rescue", "qat"))
+    assert results.data["failures"] == dict.fromkeys(["qat", "rescue"], "nothing to quantize.")
+    assert CALLS.count("compress qat") == 1
 
 
 def test_tensorboard_names_sort_as_the_journey_goes_and_lead_to_the_artifact(config, tmp_path):

@@ -216,3 +216,19 @@ def toy():
     model.compile(keras.optimizers.Adam(3e-3), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     model.fit(inputs, labels, batch_size=64, epochs=6, verbose=0)
     return Toy(model, inputs, labels, *quarters(400, 1))
+
+
+def spoilt(toy, layer, consumer):
+    """A copy of the toy where one channel of `layer` is huge and constant, and `consumer` does not look at it.
+
+    The answers stay what they were, but the range of the others has no codes left in int8.
+    """
+    model = keras.models.clone_model(toy.model)
+    model.set_weights(toy.model.get_weights())
+    kernel, bias = model.get_layer(layer).get_weights()
+    model.get_layer(layer).set_weights([kernel, np.concatenate([bias[:-1], [3000.0]]).astype(np.float32)])
+    kernel, bias = model.get_layer(consumer).get_weights()
+    by_channel = kernel.reshape(-1, toy.model.get_layer(layer).output.shape[-1], kernel.shape[-1]).copy()
+    by_channel[:, -1] = 0
+    model.get_layer(consumer).set_weights([by_channel.reshape(kernel.shape), bias])
+    return dataclasses.replace(toy, model=model)

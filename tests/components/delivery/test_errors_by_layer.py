@@ -1,6 +1,5 @@
 """Where the noise of a quantized file comes from; each time with one layer made bad on purpose."""
 
-import dataclasses
 import math
 
 import keras
@@ -12,24 +11,9 @@ from components.delivery.measure import predict
 from components.delivery.owners import layer_classes
 from components.errors import ContractError
 from components.options import ExportOptions
+from tests.components.delivery.conftest import spoilt
 
 ROWS = 48
-
-
-def spoilt(toy, layer, consumer):
-    """A copy of the toy where one channel of `layer` is huge and constant, and `consumer` does not look at it.
-
-    The answers stay what they were, but the range of the others has no codes left in int8.
-    """
-    model = keras.models.clone_model(toy.model)
-    model.set_weights(toy.model.get_weights())
-    kernel, bias = model.get_layer(layer).get_weights()
-    model.get_layer(layer).set_weights([kernel, np.concatenate([bias[:-1], [3000.0]]).astype(np.float32)])
-    kernel, bias = model.get_layer(consumer).get_weights()
-    by_channel = kernel.reshape(-1, toy.model.get_layer(layer).output.shape[-1], kernel.shape[-1]).copy()
-    by_channel[:, -1] = 0
-    model.get_layer(consumer).set_weights([by_channel.reshape(kernel.shape), bias])
-    return dataclasses.replace(toy, model=model)
 
 
 def found(toy, folder, format, options=None):
@@ -47,6 +31,18 @@ def test_the_layer_that_was_made_bad_comes_out_worst(layer, consumer, toy, tmp_p
     assert bad[0].layer == layer
     assert bad[0].snr_db < 10
     assert bad[0].added > 2 * bad[1].added
+    assert bad[0].blames_output
+    assert bad[0].readers[-1] == consumer
+
+
+def test_a_layer_whose_weights_are_to_blame_is_told_from_one_whose_output_is(toy, tmp_path):
+    """4-bit weights, float outputs: nothing is rounded behind the layer."""
+    errors, *_ = found(toy, tmp_path, "int4_weights")
+    assert errors[0].added > 0
+    assert {(each.rounding, each.blames_output) for each in errors if each.added} == {(0.0, False)}
+    readers = {each.layer: each.readers for each in errors}
+    assert readers["pointwise"] == ("flat", "hidden")
+    assert readers["head"] == ()
 
 
 def test_noise_that_only_passes_through_is_not_charged(toy, tmp_path):

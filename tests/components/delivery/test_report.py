@@ -248,6 +248,38 @@ def test_layers_left_alone_are_listed_once_with_their_recipes():
     ]
 
 
+def test_a_rescue_shows_its_rungs_and_the_layers_that_were_to_blame(tmp_path):
+    assert "was written" not in page_of(run(), tmp_path).text
+    rung = {"precision": "", "layers": [], "reason": None}
+    rescue = {
+        "allowed": 0.01,
+        "met": True,
+        "taken": "worst 1 in int16",
+        "rungs": [
+            {**rung, "name": "int8", "drop": 0.031, "bytes": 9_000},
+            {**rung, "name": "worst 1 in float32", "drop": None, "bytes": None, "reason": "no kernel <for> it"},
+            {
+                "name": "worst 1 in int16",
+                "precision": "int16",
+                "layers": ["head"],
+                "drop": 0.004,
+                "bytes": 9_100,
+                "reason": None,
+            },
+        ],
+        "layers": [{"layer": "head", "snr_db": 3.25, "added": 0.5, "raised": "int16"}],
+    }
+    results = run()
+    results["variants"][1]["rescue"] = rescue
+    text = page_of(results, tmp_path).text
+    assert "How int8 was written" in text
+    assert "int8 loses 0.0310 on validation rows, 0.0100 is allowed; with 'head' in int16 it loses 0.0040." in text
+    assert "no kernel <for> it" in text
+    assert "+0.0310" in text
+    assert "9,100" in text
+    assert "5.00e-01" in text
+
+
 def test_time_is_told_as_people_do():
     assert [each["share"] for each in stages({"a": 1.0, "b": 4.0})] == [0.25, 1.0]
     assert stages({}) == []
