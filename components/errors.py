@@ -45,3 +45,9 @@ class ConstraintError(TrimlineError):
     """No variant meets the user's constraints; the message says by how much the nearest one misses."""
 
     exit_code = 7
+
+
+class BudgetError(TrimlineError):
+    """The time that a search was given is up; what was done so far is kept."""
+
+    exit_code = 8

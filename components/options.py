@@ -29,6 +29,32 @@ def _regular(pattern: str) -> str:
 Pattern = Annotated[str, pydantic.AfterValidator(_regular)]
 
 
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def in_seconds(duration: str) -> float:
+    """A duration in seconds.
+
+    Raises:
+      ValueError: It is not a positive number and s, m or h.
+
+    >>> in_seconds("1.5h")
+    5400.0
+    """
+    number, unit = duration[:-1], duration[-1:]
+    if unit not in _UNITS or not re.fullmatch(r"\d+(\.\d+)?", number) or not float(number):
+        raise ValueError(f"must be a positive number and s, m or h, got '{duration}'; write for instance 30m")
+    return float(number) * _UNITS[unit]
+
+
+def _duration(text: str) -> str:
+    in_seconds(text)
+    return text
+
+
+Duration = Annotated[str, pydantic.AfterValidator(_duration)]
+
+
 class Options(pydantic.BaseModel):
     """Base: frozen, unknown keys and infinite numbers refused, defaults checked like input."""
 
@@ -351,10 +377,14 @@ class QatOptions(FineTune):
     learning_rate: Positive = 3e-4
 
 
+AUTO = "auto"
+"""In the place of a list of recipes: they are searched for (`pipeline.search`)."""
+
+
 class CompressOptions(Options):
     """Which recipes are carried out, and how strong each kind of step is by default."""
 
-    recipes: list[str] = Field(
+    recipes: Annotated[list[str], Field(min_length=1)] | Literal["auto"] = Field(
         [
             "float32",
             "float16",
@@ -367,10 +397,13 @@ class CompressOptions(Options):
             "cluster+qat",
             "prune+cluster+qat",
         ],
-        min_length=1,
-        description="Paths in the compression tree: steps joined by '+', strength after '@'. "
+        description="Paths in the compression tree: steps joined by '+', strength after '@'; or auto, which searches for them. "
         "Steps: channels[@share], lowrank[@energy], prune[@sparsity] (in patterns: @2:4, @0.9:1x4, @0.9:1x16), cluster[@clusters], qat. Last, how it is written: "
         "float32, float16, dynamic, int8, rescue (int8 unless that loses too much), int16x8, int8_weights, int4_weights; behind that perhaps sparse, which leaves zeros out.",
+    )
+    budget: Duration = Field(
+        "30m",
+        description="recipes: auto only. Time for the search, as 90s, 30m or 2h; the base training is not part of it.",
     )
     batch_size: Count | None = Field(None, description="null: as in train.")
     distill: CompressDistillation | None = None

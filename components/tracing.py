@@ -24,6 +24,7 @@ class Trace:
       folder: Where the event file goes; None writes none.
       on_progress: Called with (done, total, note); `total` is in the stage's own unit (epochs, rows, files).
       on_warning: Called with one line that matters to the user, in our words.
+      on_pulse: Called by steps that train before each update; what it raises ends the step.
     """
 
     def __init__(
@@ -31,10 +32,12 @@ class Trace:
         folder: pathlib.Path | None = None,
         on_progress: Callable[[float, float, str], None] = _ignore,
         on_warning: Callable[[str], None] = _ignore,
+        on_pulse: Callable[[], None] = _ignore,
     ) -> None:
         self.folder = folder
         self.progress = on_progress
         self.warn = on_warning
+        self.pulse = on_pulse
         self._writer: Any = None
 
     def __enter__(self) -> Trace:

@@ -36,6 +36,13 @@ Until = Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after thi
 Force = Annotated[
     list[str], typer.Option(metavar="STAGE", help="Do this stage again, and all that depends on it; may repeat.")
 ]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TIME",
+        help="Search for recipes for this long (90s, 30m, 2h) instead of those listed: compress.recipes=auto and compress.budget.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of a table.")]
 INTERRUPTED = 130
 
@@ -44,6 +51,7 @@ INTERRUPTED = 130
 def run(
     config: ConfigPath,
     overrides: Sets = [],  # noqa: B006 - typer copies it
+    budget: Budget = None,
     until: Until = None,
     force: Force = [],  # noqa: B006 - typer copies it
     as_json: AsJson = False,
@@ -55,7 +63,7 @@ def run(
     from pipeline.config import load_config
 
     with _errors():
-        _walk(load_config(config, overrides), until, force, as_json)
+        _walk(load_config(config, [*overrides, *_searching(budget)]), until, force, as_json)
 
 
 @app.command()
@@ -70,6 +78,7 @@ def compress(
         ),
     ],
     overrides: Sets = [],  # noqa: B006 - typer copies it
+    budget: Budget = None,
     until: Until = None,
     force: Force = [],  # noqa: B006 - typer copies it
     as_json: AsJson = False,
@@ -82,7 +91,12 @@ def compress(
     from pipeline.config import load_config
 
     with _errors():
-        _walk(load_config(data, overrides, model=model), until, force, as_json)
+        _walk(load_config(data, [*overrides, *_searching(budget)], model=model), until, force, as_json)
+
+
+def _searching(budget: str | None) -> list[str]:
+    """What --budget stands for, as overrides."""
+    return [] if budget is None else ["compress.recipes=auto", f"compress.budget={budget}"]
 
 
 def _walk(config: Config, until: str | None, force: list[str], as_json: bool) -> None:

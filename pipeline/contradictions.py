@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from components.errors import ConfigError
-from components.options import CsvSource, IdxSource, LineSource
+from components.options import AUTO, CsvSource, IdxSource, LineSource
 from components.recipe import IO, RESCUE, Recipe, parse_recipe
 from pipeline.yaml_text import KeyPath, dotted, shown
 
@@ -108,6 +108,9 @@ def _compression_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]
             ("compress", "prune", "targets"),
             f"compress.prune.targets must not name what compress.prune.exclude leaves alone, got '{name}' in both; drop one.",
         )
+    if config.compress.recipes == AUTO:
+        yield from ((("compress", "recipes"), rule) for rule in _blind_search(config))
+        return
     for index, text in enumerate(config.compress.recipes):
         path = ("compress", "recipes", index)
         try:
@@ -168,3 +171,16 @@ def _unguided_rescue(config: Config) -> Iterator[str]:
             "a rescue must have validation rows to tell what is lost, got preprocess.splits.validation=0; give it a share, "
             "for instance 0.1."
         )
+
+
+def _blind_search(config: Config) -> Iterator[str]:
+    splits = config.preprocess.splits
+    for name, share, use in (
+        ("validation", splits.validation, "compare"),
+        ("calibration", splits.calibration, "write"),
+    ):
+        if not share:
+            yield (
+                f"compress.recipes=auto must have {name} rows to {use} files of integers with, got preprocess.splits.{name}=0; give "
+                "it a share, for instance 0.1."
+            )

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from components.delivery.select import REFERENCE
 from components.errors import ConfigError
+from components.options import AUTO
 from components.recipe import RESCUE, Recipe
 from components.recipe import Step as TrainingStep
 from pipeline.config import Config
@@ -68,12 +70,12 @@ class Plan:
         """True where the step's artifact is there already."""
         return self.store.completed(step.key)
 
-    def key(self, step: Step, failures: Mapping[str, str]) -> Key:
-        """The step's address, given what failed on the way: a selection among fewer variants is another selection."""
-        if not failures or step.stage.name not in ("select", "bundle", "report"):
+    def key(self, step: Step, said: Mapping[str, Any]) -> Key:
+        """The step's address, given what was said on the way (`Walk.said`): among fewer variants it is another selection."""
+        if not said or step.stage.name not in ("select", "bundle", "report"):
             return step.key
         stage = step.stage
-        options = {**stage.options(self.config, step.recipe), "failures": dict(sorted(failures.items()))}
+        options = {**stage.options(self.config, step.recipe), "said": json.loads(json.dumps(said, sort_keys=True))}
         inputs = [each.key.fingerprint for each in self.steps if each.name in step.takes + step.asks]
         return Key(stage.name, fingerprint(stage, options, inputs, self.content.get(stage.name, ())))
 
@@ -131,11 +133,12 @@ def check_stages(names: Iterable[str], option: str) -> None:
 
 
 def recipes(config: Config) -> list[Recipe]:
-    """The recipes in the user's order, each once, with float32 first: every drop is measured against it.
+    """The recipes in the user's order, each once, with float32 first: every drop is measured against it. Under `auto` that alone.
 
     Before one with sparse storage stands the same without, which tells whether that pays.
     """
-    parsed = [parse_step(config, text) for text in ["float32", *config.compress.recipes]]
+    named = [] if config.compress.recipes == AUTO else config.compress.recipes
+    parsed = [parse_step(config, text) for text in [REFERENCE, *named]]
     both = [each for recipe in parsed for each in ([recipe.dense, recipe] if recipe.sparse else [recipe])]
     return list({str(recipe): recipe for recipe in both}.values())
 

@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from components.artifacts import PreparedData, read_json, write_json
@@ -79,6 +79,8 @@ def write_results(
     measured: Mapping[str, dict[str, Any]],
     files: Mapping[str, str],
     failures: Mapping[str, str],
+    skipped: Collection[str],
+    trials: Mapping[str, str],
     seconds: Mapping[str, float],
     trace: Trace,
 ) -> None:
@@ -92,13 +94,21 @@ def write_results(
       measured: Recipe -> its measurements, in the user's order.
       files: Recipe -> its `.tflite`, relative to the workspace.
       failures: Recipe -> why it was not.
+      skipped: Those of them whose time was up.
+      trials: Recipe -> why a search tried it; empty where the user named the recipes.
       seconds: Step -> how long it worked.
       trace: For the selection's TensorBoard run.
     """
     from components.delivery.select import drops, failed, remarks, select
 
     entries = [{**variant, "file": files[recipe]} for recipe, variant in measured.items()]
-    variants = drops(entries) + [failed(recipe, reason) for recipe, reason in failures.items()]
+    absent = [
+        failed(recipe, reason, "skipped" if recipe in skipped else "failed") for recipe, reason in failures.items()
+    ]
+    variants = [
+        {**variant, **({"tried_because": trials[variant["recipe"]]} if variant["recipe"] in trials else {})}
+        for variant in drops(entries) + absent
+    ]
     for line in (said := remarks(variants)):
         trace.warn(line)
     try:

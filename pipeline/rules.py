@@ -201,7 +201,7 @@ def _next(node: Schema, value: Any) -> str:
         return f"write {near}"
     if node.get("type") == "string" and isinstance(value, bool | int | float):
         return f"put it in quotes: '{shown(value)}'"
-    if node.get("type") == "array" and isinstance(value, str | int | float):
+    if any(each.get("type") == "array" for each in node.get("anyOf", [node])) and isinstance(value, str | int | float):
         return f"put it in brackets: [{value}]"
     if "default" in node:
         default = node["default"]

@@ -1,33 +1,29 @@
-"""Walks the plan: an artifact from the store, or the stage's work; one TensorBoard run and one progress line per step."""
+"""Runs a configuration: plan, walk, and what is published in the run's folder."""
 
 from __future__ import annotations
 
 import contextlib
-import gc
-import logging
 import os
 import pathlib
 import tempfile
 from collections.abc import Iterable, Mapping
 
-from components.errors import ConfigError, TrimlineError
-from components.tracing import Trace
+from components.errors import ConfigError
+from components.options import AUTO
 from pipeline import preflight
+from pipeline.auto import search
 from pipeline.config import Config, load_config
-from pipeline.plan import Plan, Step, check_stages, make_plan
+from pipeline.plan import Plan, check_stages, make_plan
 from pipeline.quiet import quiet as silence
 from pipeline.results import FILE, Results
 from pipeline.screen import Screen
-from pipeline.stage import Call
-from pipeline.stages import JOURNEY
-from pipeline.store import EVENTS, publish, retract
+from pipeline.store import publish, retract
+from pipeline.walk import Walk, scope
 
-log = logging.getLogger("trimline")
-
-# A recipe that fails here becomes a failed variant, and the others go on; anywhere else the run cannot go on.
-_PER_RECIPE = ("compress", "export", "measure")
 PAGES = ("report.html", "report.png")
 LOG = "run.log"
+BEFORE_RECIPES = ("preprocess", "train")
+"""Stages that no recipe has a part in."""
 
 
 def run(
@@ -58,12 +54,13 @@ def run(
     check_stages(force, "--force")
     plan, folder = make_plan(config, until=until), run_folder(config)
     preflight.refuse(plan)
-    for step in list(plan.after(force)):
-        plan.store.remove(step.key)
+    walk = Walk(folder=folder, screen=screen or Screen.silent(), force=tuple(force))
     with silence(folder / LOG) if quiet else contextlib.nullcontext():
-        done = _walk(plan, folder, screen or Screen.silent())
-    if "report" in done:
-        _publish(plan, done, folder)
+        if config.compress.recipes == AUTO and until not in BEFORE_RECIPES:
+            plan = make_plan(search(config, walk), until=until)
+        walk.go(plan)
+    if "report" in walk.done:
+        _publish(plan, walk.done, folder)
     return Results(folder)
 
 
@@ -101,100 +98,3 @@ def run_folder(config: Config) -> pathlib.Path:
             "choose another with --set workspace=FOLDER."
         ) from error
     return folder
-
-
-def _walk(plan: Plan, folder: pathlib.Path, screen: Screen) -> dict[str, pathlib.Path]:
-    """Every step in order; returns the artifact folders by step name."""
-    done: dict[str, pathlib.Path] = {}
-    lost: dict[str, str] = {}  # step name -> why it has no artifact
-    failures: dict[str, str] = {}  # recipe -> the same, for results.json
-    steps = [step for step in plan.steps if not step.lazy]
-    screen.start(len(steps))
-    for number, step in enumerate(steps):
-        broken = next((lost[each] for each in step.takes if each in lost), None)
-        if broken is not None and step.stage.name in _PER_RECIPE:
-            lost[step.name] = broken
-        else:
-            try:
-                done[step.name] = _carry_out(plan, step, done, lost, failures, folder, number, screen)
-                continue
-            except Exception as error:  # kept: in the log with its traceback, and in results.json
-                if step.stage.name not in _PER_RECIPE:
-                    raise
-                lost[step.name] = _reason(step, error)
-                screen.failed(step.name, lost[step.name])
-        if step.recipe is not None and step.stage.name == "measure":
-            failures[str(step.recipe)] = lost[step.name]
-    return done
-
-
-def _reason(step: Step, error: Exception) -> str:
-    if isinstance(error, TrimlineError):
-        return str(error)
-    log.exception("%s failed", step.name, exc_info=error)
-    first = str(error).strip().splitlines()
-    return (
-        f"{step.name}: {type(error).__name__}: {first[0] if first else 'no message'}; the run's log has the traceback."
-    )
-
-
-def _carry_out(
-    plan: Plan,
-    step: Step,
-    done: dict[str, pathlib.Path],
-    lost: dict[str, str],
-    failures: dict[str, str],
-    run_folder: pathlib.Path,
-    number: int,
-    screen: Screen,
-) -> pathlib.Path:
-    def demand(name: str) -> pathlib.Path:
-        """Not put into `done`: the time that it takes is part of this step's."""
-        if name in lost:
-            raise TrimlineError(lost[name])
-        asked = next(each for each in plan.steps if each.name == name)
-        return done.get(name) or _carry_out(plan, asked, done, lost, failures, run_folder, number, screen)
-
-    key, store = plan.key(step, failures), plan.store
-    place = run_folder / "tensorboard" / scope(step)
-    if store.completed(key):
-        screen.cached(step.name)
-    else:
-
-        def work(partial: pathlib.Path) -> None:
-            _link(place, partial / EVENTS)
-            log.info("%s starts in %s", step.name, partial)
-            trace = Trace(partial / EVENTS, screen.progress, screen.warn)
-            seconds = {each.name: store.seconds(plan.key(each, failures)) for each in plan.steps if each.name in done}
-            with trace:
-                taken = {name: done[name] for name in step.takes if name in done}
-                step.stage.run(
-                    Call(step.name, step.config, partial, taken, demand, step.recipe, dict(failures), seconds, trace)
-                )
-            gc.collect()
-
-        with screen.step(step.name, number):
-            store.build(key, work, resumes=step.stage.resumes, waiting=lambda: screen.waiting(step.name))
-    _link(place, store.folder(key) / EVENTS)
-    return store.folder(key)
-
-
-def scope(step: Step) -> str:
-    """The step's TensorBoard run: names sort as the journey goes.
-
-    '1-preprocess', '2-train', '3-compress-prune@0.7', ...
-    """
-    number = [stage.name for stage in JOURNEY].index(step.stage.name) + 1
-    return f"{number}-{step.name.replace(' ', '-')}"
-
-
-def _link(place: pathlib.Path, events: pathlib.Path) -> None:
-    """Lets the run's TensorBoard folder show the artifact's events, live and afterwards; relative, so it may move."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    target = os.path.relpath(events, place.parent)
-    if place.is_symlink() and os.readlink(place) == target:
-        return
-    temporary = place.with_name(f".{place.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target, target_is_directory=True)
-    temporary.replace(place)

@@ -50,6 +50,14 @@ class Screen:
         """The step failed, the run goes on."""
         self.line(f"  FAILED   {name}: {reason}", "red")
 
+    def skipped(self, name: str, reason: str) -> None:
+        """The step's time was up, the run goes on."""
+        self.line(f"  skipped  {name}: {reason}", "yellow")
+
+    def trial(self, recipe: str, why: str, left: str) -> None:
+        """A search begins with a recipe."""
+        self.line(f"  trial    {recipe}: {why} ({left})", "bold")
+
     def warn(self, text: str) -> None:
         """A warning that matters to the user."""
         self.line(f"  note     {text}", "yellow")

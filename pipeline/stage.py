@@ -27,8 +27,10 @@ class Call:
       takes: Finished artifacts, by step name ('train', 'compress prune@0.8', ...).
       demand: Step name -> its artifact, which is made now if it is not there; for steps that the plan lists as asked for.
       recipe: The recipe, or prefix of one, that this step carries out; None where there is none.
-      failures: Recipe -> why it could not be carried out; read by `select` only.
-      seconds: Step name -> how long it worked; read by `select` only.
+      failures: Recipe -> why it could not be carried out; read by `select` only, as are:
+      skipped: Those of them whose time was up.
+      trials: Recipe -> why a search tried it; empty where the user named the recipes.
+      seconds: Step name -> how long it worked.
       trace: Where numbers, progress and warnings go.
     """
 
@@ -39,6 +41,8 @@ class Call:
     demand: Callable[[str], pathlib.Path]
     recipe: Recipe | None
     failures: dict[str, str]
+    skipped: tuple[str, ...]
+    trials: dict[str, str]
     seconds: dict[str, float]
     trace: Trace
 

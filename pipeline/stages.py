@@ -271,6 +271,8 @@ def _select(call: Call) -> None:
         measured=measured,
         files={recipe: _relative(TFLiteFile(call.takes[f"export {recipe}"]).file) for recipe in measured},
         failures=call.failures,
+        skipped=call.skipped,
+        trials=call.trials,
         seconds=call.seconds,
         trace=call.trace,
     )

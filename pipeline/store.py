@@ -60,6 +60,10 @@ class Store:
         """How long the stage worked for this artifact, over all attempts that it took, seconds."""
         return float(read_json(self.folder(key) / MARKER)["seconds"])
 
+    def spent(self, key: Key) -> float:
+        """How long an attempt that came to no artifact worked, seconds; 0 where there is none."""
+        return self._spent(self.partial(key))
+
     def remove(self, key: Key) -> None:
         """Forgets the artifact and any attempt at it, so that the next run builds it anew."""
         with self._lock(key, lambda: None):

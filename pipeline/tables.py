@@ -9,9 +9,11 @@ from typing import Any
 import rich.console
 import rich.table
 
+from components.options import AUTO
 from pipeline.plan import Plan
 from pipeline.preflight import Finding
 from pipeline.results import Results
+from pipeline.search import OPENERS
 
 WIDE = 100  # columns of a terminal
 FOR_WIDE = ("of float32", "sparsity")  # left out where it is narrower: the report has them too
@@ -95,6 +97,12 @@ def show_plan(plan: Plan, findings: list[Finding], *, as_json: bool) -> None:
     for step in plan.steps:
         table.add_row(step.name, states[step.name], step.key.fingerprint[:12])
     console.print(table)
+    if plan.config.compress.recipes == AUTO:
+        console.print(
+            f"Recipes are searched for behind the base training, for {plan.config.compress.budget} (compress.budget), "
+            f"{', '.join(OPENERS)} first.",
+            soft_wrap=True,
+        )
     for finding in findings:
         console.print(f"{finding.level}: {finding.text}", soft_wrap=True)
     if not findings:

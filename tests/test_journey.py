@@ -335,3 +335,29 @@ def test_a_model_that_int8_ruins_is_rescued_and_its_bundle_holds(journey, tmp_pa
     assert conv.name in by_recipe["rescue"]["rescue"]["rungs"][-1]["layers"]
     assert by_recipe["rescue"]["status"] == "ok"
     assert f"note     rescue: int8 loses {by_recipe['int8']['validation_drop']:.4f} on validation rows" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_search_finds_a_smaller_file_within_its_budget_and_a_rerun_trains_nothing(journey, tmp_path):
+    """By the real clock: trials take at most a tenth more than the budget, select and what follows left out."""
+    write_slice(tmp_path)
+    sets = ["--set=compress.prune.epochs=4", "--set=workspace=" + str(journey / "workspace"), "--set=name=found"]
+    done = trimline("run", "slice.yaml", "--budget", "40s", *sets, folder=tmp_path)
+    assert done.returncode == 0, done.stderr + done.stdout
+    found = json.loads((journey / "workspace" / "found" / "results.json").read_text())
+    tried = [variant for variant in found["variants"] if "tried_because" in variant]
+    assert [variant["recipe"] for variant in tried][:3] == ["int8", "dynamic", "float16"]
+    took = sum(
+        seconds
+        for step, seconds in found["seconds"].items()
+        if step.startswith(("compress", "export", "measure")) and not step.endswith("float32")
+    )
+    assert took <= 1.1 * 40
+    by_recipe = {variant["recipe"]: variant for variant in tried}
+    chosen = next(variant for variant in found["variants"] if variant["recipe"] == found["selected"])
+    assert chosen["gzip_bytes"] < by_recipe["int8"]["gzip_bytes"]
+    again = trimline("run", "slice.yaml", "--budget", "40s", *sets, folder=tmp_path)
+    assert again.returncode == 0
+    assert "done     compress" not in again.stdout
+    same = json.loads((journey / "workspace" / "found" / "results.json").read_text())
+    assert [variant["recipe"] for variant in same["variants"]] == [variant["recipe"] for variant in found["variants"]]

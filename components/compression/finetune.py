@@ -195,6 +195,9 @@ class _Voice(tf_keras.callbacks.Callback):
         self.epoch = epoch
         _reset_generators(self.model, self.setting.seed, epoch)
 
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self.setting.trace.pulse()
+
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if (batch + 1) % self.every:
             return

@@ -66,6 +66,7 @@ def report(
         matrix=_matrix(labels, predictions) if labels and predictions else None,
         stages=stages(results["seconds"]),
         untreated=untreated(results),
+        tried=[each for each in results["variants"] if each.get("tried_because")],
         rescues=[(each["recipe"], rescue_in_words(each["rescue"]), each["rescue"]) for each in _rescued(results)],
         splits=[(split, results["examples"][split]) for split in SPLITS if split in results["examples"]],
         lost=[each for each in results["variants"] if each["status"] != "ok"],

@@ -183,7 +183,7 @@ def _order(variant: Mapping[str, Any], options: SelectOptions) -> tuple[float, f
     return (float(goal), score, size, str(variant["recipe"]))
 
 
-def _excess(variant: Mapping[str, Any], options: SelectOptions) -> dict[str, tuple[float | None, float]]:
+def constrained(variant: Mapping[str, Any], options: SelectOptions) -> dict[str, tuple[float | None, float]]:
     """{constraint: (what the variant has, limit)} of every constraint that was set."""
     found = {
         "max_metric_drop": (deciding_drop(variant), options.max_metric_drop),
@@ -199,7 +199,7 @@ def _miss(variant: Mapping[str, Any], options: SelectOptions) -> str:
         return f"{variant['status']}: {variant['reason']}"
     return "; ".join(
         f"{name} is {_number(name, limit)}, {'not known' if value is None else f'it has {_number(name, value)}'}"
-        for name, (value, limit) in _excess(variant, options).items()
+        for name, (value, limit) in constrained(variant, options).items()
         if value is None or value > limit
     )
 
@@ -243,9 +243,9 @@ def _nearest(variants: Sequence[Mapping[str, Any]], options: SelectOptions) -> s
         reasons = "; ".join(f"{v['recipe']}: {v['reason']}" for v in variants[:3]) or "none was made"
         return f"select: 0 of {len(variants)} variants work ({reasons}); repair the first one that failed."
     parts = []
-    for name in _excess(working[0], options):
-        known = [(value, v["recipe"]) for v in working if (value := _excess(v, options)[name][0]) is not None]
-        limit = _excess(working[0], options)[name][1]
+    for name in constrained(working[0], options):
+        known = [(value, v["recipe"]) for v in working if (value := constrained(v, options)[name][0]) is not None]
+        limit = constrained(working[0], options)[name][1]
         parts.append(_distance(name, limit, min(known) if known else None))
     return f"select: none of {len(working)} variants meets every constraint: {'; '.join(parts)}. Loosen one, or add recipes."
 

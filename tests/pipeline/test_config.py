@@ -168,7 +168,7 @@ REFUSED = {
     "inf; leave it out for the default, 0.001.",
     "train: {augmentation: {flip: yes}}": "my.yaml:4: train.augmentation.flip must be true or false, got 'yes'; leave it "
     "out for the default, false.",
-    "compress: {recipes: int8}": "my.yaml:4: compress.recipes must be a list of at least one, each text, got 'int8'; put it "
+    "compress: {recipes: int8}": "my.yaml:4: compress.recipes must be a list of at least one, each text or auto, got 'int8'; put it "
     "in brackets: [int8].",
     "compress:\n  recipes:\n  - int8\n  - prnue": "my.yaml:7: compress.recipes 'prnue': unknown step 'prnue'; use one of "
     "channels, lowrank, prune, cluster, qat, float32, float16, dynamic, int8, int16x8, int8_weights, int4_weights, rescue, strength after '@'.",
@@ -208,6 +208,10 @@ REFUSED = {
     "validation rows to tell what is lost, got preprocess.splits.validation=0; give it a share, for instance 0.1.",
     "preprocess: {splits: {calibration: 0}}\ncompress: {recipes: [rescue]}": "my.yaml:5: compress.recipes 'rescue': rescue must have "
     "calibration rows to find its ranges, got preprocess.splits.calibration=0; give it a share, for instance 0.05.",
+    "compress: {recipes: auto}\npreprocess: {splits: {validation: 0}}": "my.yaml:4: compress.recipes=auto must have validation rows to "
+    "compare files of integers with, got preprocess.splits.validation=0; give it a share, for instance 0.1.",
+    "compress: {recipes: auto, budget: soon}": "my.yaml:4: compress.budget: must be a positive number and s, m or h, got 'soon'; write for "
+    "instance 30m.",
     "export: {keep_float: [head]}\ncompress: {recipes: [int8, qat]}": "my.yaml:5: compress.recipes 'qat': a recipe with qat must be "
     "without export.keep_float and export.int16, since it trains the precision of every layer, got head; name them in "
     "compress.qat.exclude, or leave the recipe out.",

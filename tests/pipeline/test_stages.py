@@ -27,7 +27,7 @@ def call(tmp_path, section: str = "compress", **distill) -> Call:
     write_json(tmp_path / "manifest.json", {"spec": SPEC})
     write_json(tmp_path / "train" / "trained.json", {"outputs": "probabilities"})
     takes = {"preprocess": tmp_path, "train" if section == "compress" else "train teacher": tmp_path / "train"}
-    return Call("compress qat", from_dict(value), tmp_path, takes, takes.__getitem__, None, {}, {}, Trace())
+    return Call("compress qat", from_dict(value), tmp_path, takes, takes.__getitem__, None, {}, (), {}, {}, Trace())
 
 
 def test_the_base_teaches_with_the_outputs_that_it_was_trained_with_and_files_with_their_own(tmp_path):

@@ -248,6 +248,17 @@ def test_layers_left_alone_are_listed_once_with_their_recipes():
     ]
 
 
+def test_a_search_shows_what_it_tried_and_why(tmp_path):
+    assert "What the search tried" not in page_of(run(), tmp_path).text
+    results = run()
+    results["variants"][1]["tried_because"] = "it takes <no> training"
+    results["variants"].append({**failed("qat", "time was up", "skipped"), "tried_because": "int8 held"})
+    text = page_of(results, tmp_path).text
+    assert "What the search tried" in text
+    assert "it takes <no> training" in text
+    assert "skipped" in text
+
+
 def test_a_rescue_shows_its_rungs_and_the_layers_that_were_to_blame(tmp_path):
     assert "was written" not in page_of(run(), tmp_path).text
     rung = {"precision": "", "layers": [], "reason": None}
