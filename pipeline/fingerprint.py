@@ -45,11 +45,15 @@ def fingerprint(stage: Stage, options: Mapping[str, Any], inputs: Iterable[str],
         "options": options,
         "inputs": list(inputs),
         "content": list(content),
-        "libraries": {name: importlib.metadata.version(name) for name in stage.libraries},
+        "libraries": {name: _version(name) for name in stage.libraries},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+_version = functools.cache(importlib.metadata.version)
+
+
+@functools.cache
 def code_digest(stage: Stage) -> str:
     """SHA-256 over the stage's function, every module of ours that its modules lead to, and its other files."""
     digest = hashlib.sha256(_tree_text(textwrap.dedent(inspect.getsource(stage.run))).encode())

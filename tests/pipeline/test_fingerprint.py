@@ -31,7 +31,7 @@ def test_every_fact_counts(other):
 
 def test_another_version_of_a_library_counts(monkeypatch):
     before = of()
-    monkeypatch.setattr(module.importlib.metadata, "version", lambda name: "0.0")
+    monkeypatch.setattr(module, "_version", lambda name: "0.0")
     assert of() != before
 
 
@@ -45,12 +45,14 @@ def test_code_counts_and_comments_do_not(monkeypatch, tmp_path):
     def digest(text):
         leaf.write_text(text)
         module._source.cache_clear()
+        module.code_digest.cache_clear()
         return code_digest(stage)
 
     first = digest("def g():\n    return 1\n")
     assert digest('"""Doc."""\ndef g():\n    "Doc."\n    return 1  # why\n') == first
     assert digest("def g():\n    return 2\n") != first
     module._source.cache_clear()
+    module.code_digest.cache_clear()
 
 
 def test_a_new_option_of_one_stage_retrains_no_other():
