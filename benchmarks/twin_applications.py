@@ -1,12 +1,13 @@
 """Every model of keras.applications: its tf_keras twin, the way back, and what compression does with it.
 
     .venv/bin/python benchmarks/twin_applications.py                  # twin and back
-    .venv/bin/python benchmarks/twin_applications.py --outcomes       # and one update of prune and of qat, exported; slow
+    .venv/bin/python benchmarks/twin_applications.py --outcomes       # and each of OUTCOMES, one update a step; hours
     .venv/bin/python benchmarks/twin_applications.py MobileNetV2 ...  # these only
 
-Weights are random. After initialization most of these models return the same for every input, and equal outputs would show
-nothing: so scales, offsets and biases are drawn anew under a seed, statistics are taken from pictures, the outputs compared
-are logits, and the table says how far these spread over different pictures. All pictures are SYNTHETIC (uniform noise):
+Weights are random, and compared twice: as the builder initializes them (`own`), and since most of these models then return
+the same for every input, where equal outputs show little, with scales, offsets and biases drawn anew under a seed and
+statistics taken from pictures (`twin`). The outputs compared are logits; the table says how far the latter spread over
+different pictures. All pictures are SYNTHETIC (uniform noise):
 the outcomes say that a step runs, keeps its promises and leaves a file that loads, nothing about accuracy.
 
 Each model and step runs in a process of its own with a time limit. Results go to benchmarks/out/twin_applications.json after
@@ -29,7 +30,7 @@ from typing import Any
 OUT = pathlib.Path(__file__).resolve().parent / "out" / "twin_applications.json"
 CLASSES = 10
 SMALLEST = {"Inception": 75, "Xception": 71}  # pixels; the builders of these refuse less
-STEPS = {"prune": "prune@0.5", "qat": "qat"}
+OUTCOMES = ("int8", "prune@0.5", "qat", "prune@0.5+qat")
 
 
 def names() -> list[str]:
@@ -38,15 +39,16 @@ def names() -> list[str]:
     return sorted(name for name, value in vars(keras.applications).items() if callable(value) and name[0].isupper())
 
 
-def build(name: str) -> Any:
-    """The model at the smallest input that its builder allows, 32 pixels at least, with logits that depend on the input."""
+def build(name: str, *, drawn: bool = True) -> Any:
+    """The model at the smallest input that its builder allows, 32 pixels at least; drawn: logits depend on the input."""
     import keras
 
     keras.utils.set_random_seed(0)
     size = next((side for start, side in SMALLEST.items() if name.startswith(start)), 32)
     make = getattr(keras.applications, name)
     model = make(weights=None, input_shape=(size, size, 3), classes=CLASSES, classifier_activation=None)
-    scramble(model)
+    if drawn:
+        scramble(model)
     return model
 
 
@@ -120,6 +122,21 @@ def twin(name: str) -> dict[str, Any]:
     }
 
 
+def own(name: str) -> dict[str, Any]:
+    """The same with the weights that the builder gives."""
+    from components.compression.twin import _difference, from_twin, to_twin
+
+    model = build(name, drawn=False)
+    shown = pictures(model, 4, seed=1)
+    expected = model(shown, training=False)
+    made = to_twin(model)
+    back = from_twin(made, model)
+    return {
+        "difference": _difference(expected, made(shown, training=False)),
+        "back": _difference(expected, back(shown, training=False)),
+    }
+
+
 def _nudge(shown: Any) -> Any:
     import numpy as np
 
@@ -137,28 +154,32 @@ def tfmot_itself(model: Any) -> dict[str, Any]:
     return {"tfmot": "accepts it"}
 
 
-def outcome(name: str, step: str) -> dict[str, Any]:
-    """One epoch of one update on synthetic pictures, exported: float32 after prune, int8 after qat."""
+def outcome(name: str, recipe: str) -> dict[str, Any]:
+    """The file of a recipe, each step of one epoch of one update on synthetic pictures; it must load."""
     from ai_edge_litert.interpreter import Interpreter
 
-    from components.delivery.proof import read_proof
+    from components.artifacts import Promise
+    from components.delivery.proof import check, read_proof
 
     with tempfile.TemporaryDirectory() as text:
-        made, file = compressed(name, step, pathlib.Path(text))
+        file = written(name, recipe, pathlib.Path(text))
         interpreter = Interpreter(str(file.file))
         interpreter.allocate_tensors()
         proof = read_proof(file.file)
+        promises = [Promise.from_json(each) for each in file.facts["promises"]]
+        broken = check(proof, promises, file.facts["format"])
     return {
         "bytes": proof.bytes,
         "gzip_bytes": proof.gzip_bytes,
-        "promises": len(made.promises),
-        "untreated": len(made.facts["untreated"]),
-        "float_operators": list(proof.float_operators) if step == "qat" else [],
+        "promises": len(promises),
+        "broken": broken[:3],
+        "untreated": len(file.facts["untreated"]),
+        "float_operators": list(proof.float_operators) if file.facts["format"] == "int8" else [],
     }
 
 
-def compressed(name: str, step: str, folder: pathlib.Path) -> tuple[Any, Any]:
-    """The CompressedModel of one step, and its TFLiteFile."""
+def written(name: str, text: str, folder: pathlib.Path) -> Any:
+    """The TFLiteFile of a recipe."""
     import tensorflow as tf
 
     from components.artifacts import TrainedModel, write_json
@@ -171,20 +192,22 @@ def compressed(name: str, step: str, folder: pathlib.Path) -> tuple[Any, Any]:
     model = build(name)
     model.save(folder / "model.keras")
     write_json(folder / "trained.json", {"outputs": "logits"})
-    (folder / step).mkdir()
     options = CompressOptions(
         prune=PruneOptions(epochs=1, learning_rate=1e-5), qat=QatOptions(epochs=1, learning_rate=1e-5)
     )
-    recipe = parse_recipe(STEPS[step], options.strengths)
+    recipe = parse_recipe(text, options.strengths)
     shown = pictures(model, 8, seed=2)
-    batches = synthetic(shown)
-    fixed = {"seed": 0, "trace": Trace()}
+    batches, fixed = synthetic(shown), {"seed": 0, "trace": Trace()}
     where = {"strategy": tf.distribute.get_strategy(), "batch_size": 8}
-    before = (TrainedModel(folder), None)
-    made = compress(recipe.steps[-1], recipe.steps, options, *before, batches, folder / step, **where, **fixed)
-    carried = {"promises": made.promises, "untreated": made.facts["untreated"]}
-    given = (load(made), batches.spec, "logits", ExportOptions(), shown, folder)
-    return made, export(str(recipe), recipe.format, *given, **carried, **fixed)
+    made, carried = None, {}
+    for path in recipe.prefixes():
+        (folder / str(path[-1])).mkdir()
+        made = compress(
+            path[-1], path, options, TrainedModel(folder), made, batches, folder / str(path[-1]), **where, **fixed
+        )
+        carried = {"promises": made.promises, "untreated": made.facts["untreated"]}
+    given = (load(made) if made else model, batches.spec, "logits", ExportOptions(), shown, folder)
+    return export(str(recipe), recipe.format, *given, **carried, **fixed)
 
 
 def synthetic(shown: Any) -> Any:
@@ -209,7 +232,8 @@ def work(name: str, piece: str) -> None:
     """Prints the result as the last line."""
     clock = time.monotonic()
     try:
-        result = twin(name) if piece == "twin" else outcome(name, piece)
+        compare = {"own": own, "twin": twin}.get(piece)
+        result = compare(name) if compare else outcome(name, piece)
     except Exception as error:
         traceback.print_exc()
         first = next((line for line in str(error).splitlines() if line.strip()), "")
@@ -233,45 +257,50 @@ def run(name: str, piece: str, limit: float) -> dict[str, Any]:
 
 
 def table(results: dict[str, dict[str, Any]], pieces: list[str]) -> str:
-    head = ["model", "parameters", "twin differs by", "sensitive by", "back differs by", "spread", "layers hosted"]
-    head += ["tfmot itself"]
-    head += [step for step in STEPS if step in pieces]
+    head = ["model", "parameters", "own weights", "drawn weights", "sensitive by", "back differs by", "spread"]
+    head += ["layers hosted", "tfmot itself"]
+    shown = [each for each in OUTCOMES if each in pieces]
+    head += [f"`{each}`" for each in shown]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, found in sorted(results.items()):
-        cells = [name, *_twin_cells(found.get("twin", {}))]
-        cells += [_outcome_cell(found.get(step, {})) for step in STEPS if step in pieces]
+        cells = [name, *_twin_cells(found.get("own", {}), found.get("twin", {}))]
+        cells += [_outcome_cell(found.get(each, {})) for each in shown]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _twin_cells(found: dict[str, Any]) -> list[str]:
+def _twin_cells(own: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    its = f"{own['difference']:.1e}" if "difference" in own else own.get("error", "not run")
     if "difference" not in found:
-        return ["", found.get("error", "not run"), "", "", "", "", ""]
+        return ["", its, found.get("error", "not run"), "", "", "", "", ""]
     hosted = f"{found['hosted']} of {found['layers']}"
     measured = [f"{found[key]:.1e}" for key in ("difference", "sensitivity", "back", "spread")]
-    return [f"{found['parameters']:,}", *measured, hosted, found["tfmot"].partition(":")[0]]
+    return [f"{found['parameters']:,}", its, *measured, hosted, found["tfmot"].partition(":")[0]]
 
 
 def _outcome_cell(found: dict[str, Any]) -> str:
     if "bytes" not in found:
         return found.get("error", "not run")
-    floats = f", float: {', '.join(found['float_operators'])}" if found["float_operators"] else ""
-    return f"{found['bytes']:,} bytes, {found['untreated']} layers left alone{floats}"
+    if found["broken"]:
+        return f"breaks its promise: {found['broken'][0]}"
+    floats = f"; float: {', '.join(found['float_operators'])}" if found["float_operators"] else ""
+    return f"loads, {found['untreated']} left alone{floats}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="default: all")
-    parser.add_argument("--outcomes", action="store_true", help="one update of prune and of qat each")
+    parser.add_argument("--outcomes", action="store_true", help="each of OUTCOMES too")
+    parser.add_argument("--pieces", nargs="+", help="these only, of own, twin and OUTCOMES")
     parser.add_argument("--limit", type=float, default=1800, help="seconds for each piece of work")
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
     parser.add_argument("--again", action="store_true", help="do not reuse earlier results")
-    parser.add_argument("--work", choices=["twin", *STEPS], help=argparse.SUPPRESS)
+    parser.add_argument("--work", choices=["own", "twin", *OUTCOMES], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         work(options.models[0], options.work)
         return
-    pieces = ["twin", *(STEPS if options.outcomes else ())]
+    pieces = [*(options.pieces or ["own", "twin"]), *(OUTCOMES if options.outcomes else ())]
     results = json.loads(options.out.read_text()) if options.out.exists() and not options.again else {}
     options.out.parent.mkdir(exist_ok=True)
     for name in options.models or names():
