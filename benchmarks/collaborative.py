@@ -51,7 +51,7 @@ NETWORKS = {
 }
 EPOCHS = {"prune": 3, "cluster": 3, "qat": 1}  # the notebooks'
 OURS = {
-    "resnet8": ("prune@0.7+qat", "cluster@8+qat", "prune@0.7+cluster@16+qat"),
+    "resnet8": ("prune@0.75+qat", "cluster@8+qat", "prune@0.75+cluster@16+qat"),
     "ds_cnn": ("prune@0.7+qat", "cluster@8+qat", "prune@0.7+cluster@16+qat"),
 }
 SETTINGS = [

@@ -239,22 +239,23 @@ def test_tensorboard_gets_losses_the_learning_rate_and_what_the_step_watches(tmp
     assert len(events.Tensors("sparsity/dense")) >= 3 * 4
 
 
-def _run(folder: pathlib.Path, step: str, die_at: float) -> int:
+def _run(folder: pathlib.Path, recipe: str, step: str, die_at: float) -> int:
     here = pathlib.Path(__file__).parent
     paths = os.pathsep.join(map(str, (ROOT, here)))
-    command = [sys.executable, str(here / "killed.py"), str(folder), "prune+cluster+qat", step, str(die_at)]
+    command = [sys.executable, str(here / "killed.py"), str(folder), recipe, step, str(die_at)]
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, check=False).returncode
 
 
 @pytest.mark.slow
-def test_a_killed_step_resumes_to_bit_equal_results_whichever_step_it_was(tmp_path):
+@pytest.mark.parametrize("recipe", ["prune+cluster+qat", "channels+lowrank"])
+def test_a_killed_step_resumes_to_bit_equal_results_whichever_step_it_was(recipe, tmp_path):
     from .conftest import train_small
 
     train_small(tmp_path / "base")
-    assert _run(tmp_path / "whole", "none", 0) == 0
-    for step, die_at in (("prune", 1.6), ("cluster", 1.6), ("qat", 1.6)):
-        assert _run(tmp_path / "killed", step, die_at) == -9
-    assert _run(tmp_path / "killed", "none", 0) == 0
+    assert _run(tmp_path / "whole", recipe, "none", 0) == 0
+    for step in recipe.split("+"):
+        assert _run(tmp_path / "killed", recipe, step, 1.6) == -9
+    assert _run(tmp_path / "killed", recipe, "none", 0) == 0
     for whole in sorted((tmp_path / "whole").iterdir()):
         other = tmp_path / "killed" / whole.name
         assert sorted(path.name for path in other.iterdir()) == sorted(path.name for path in whole.iterdir())
