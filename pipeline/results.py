@@ -99,16 +99,9 @@ def write_results(
       seconds: Step -> how long it worked.
       trace: For the selection's TensorBoard run.
     """
-    from components.delivery.select import drops, failed, remarks, select
+    from components.delivery.select import remarks, select
 
-    entries = [{**variant, "file": files[recipe]} for recipe, variant in measured.items()]
-    absent = [
-        failed(recipe, reason, "skipped" if recipe in skipped else "failed") for recipe, reason in failures.items()
-    ]
-    variants = [
-        {**variant, **({"tried_because": trials[variant["recipe"]]} if variant["recipe"] in trials else {})}
-        for variant in drops(entries) + absent
-    ]
+    variants = _variants(measured, files, failures, skipped, trials)
     for line in (said := remarks(variants)):
         trace.warn(line)
     try:
@@ -136,6 +129,26 @@ def write_results(
         if variant["status"] == "ok":
             trace.scalar(f"chosen/{variant['recipe']}", float(variant["recipe"] == selected))
     write_json(folder / FILE, value)
+
+
+def _variants(
+    measured: Mapping[str, dict[str, Any]],
+    files: Mapping[str, str],
+    failures: Mapping[str, str],
+    skipped: Collection[str],
+    trials: Mapping[str, str],
+) -> list[dict[str, Any]]:
+    """The entries of results.json: those measured, with their drops, then those that could not be."""
+    from components.delivery.select import drops, failed
+
+    entries = [{**variant, "file": files[recipe]} for recipe, variant in measured.items()]
+    absent = [
+        failed(recipe, reason, "skipped" if recipe in skipped else "failed") for recipe, reason in failures.items()
+    ]
+    return [
+        {**variant, **({"tried_because": trials[variant["recipe"]]} if variant["recipe"] in trials else {})}
+        for variant in drops(entries) + absent
+    ]
 
 
 def environment() -> dict[str, Any]:
