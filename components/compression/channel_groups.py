@@ -66,8 +66,16 @@ class Flow:
 
     def multiply_adds(self, kept: np.ndarray) -> int:
         """Of one example, if only the channels whose number is marked in `kept` (bool) stay."""
-        pairs = 1 if type(self.layer) is layers.DepthwiseConv2D else int(np.count_nonzero(kept[self.inputs]))
-        return self.work * pairs * int(np.count_nonzero(kept[self.outputs]))
+        groups = self.groups_left(kept)
+        seen = 1 if type(self.layer) is layers.DepthwiseConv2D else int(np.count_nonzero(kept[self.inputs])) // groups
+        return self.work * seen * int(np.count_nonzero(kept[self.outputs]))
+
+    def groups_left(self, kept: np.ndarray) -> int:
+        """How many groups a grouped convolution would have, 1 at least; 1 for other layers."""
+        if by_groups(self.layer):
+            size = len(self.outputs) // self.layer.groups
+            return max(1, int(np.count_nonzero(kept[self.outputs])) // size)
+        return int(getattr(self.layer, "groups", 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +137,12 @@ def has_kernel(layer: Any) -> bool:
     return type(layer) in MAKERS or type(layer) is layers.DepthwiseConv2D
 
 
+def by_groups(layer: Any) -> bool:
+    """Whether a grouped convolution loses whole groups: where it has more of them than inputs in each (as ResNeXt)."""
+    groups = int(getattr(layer, "groups", 1))
+    return groups > 1 and groups >= layer.kernel.shape[-2]
+
+
 def trace_channels(twin: tf_keras.Model, exclude: Collection[str] = ()) -> Channels:
     """Follows every channel through a twin.
 
@@ -188,6 +202,17 @@ class _Tracer:
             low, high = sorted((self.root(int(a)), self.root(int(b))))
             self.parent[high] = low
 
+    def tie_groups(self, layer: Any, inputs: Numbers, outputs: Numbers) -> None:
+        """Of a grouped convolution either whole groups go, or every group loses its channel at the same place."""
+        into, out = np.split(inputs, layer.groups), np.split(outputs, layer.groups)
+        if by_groups(layer):
+            for its in map(np.concatenate, zip(into, out, strict=True)):
+                self.tie(its[:1].repeat(len(its) - 1), its[1:])
+            return
+        for parts in (into, out):
+            for part in parts[1:]:
+                self.tie(parts[0], part)
+
     def freeze(self, numbers: Numbers, reason: str) -> None:
         for number in numbers:
             self.reasons.setdefault(int(number), reason)
@@ -221,7 +246,10 @@ class _Tracer:
         if _is_strange(layer) or width == 0 or any(len(numbers) == 0 for numbers in inputs):
             return None
         if type(layer) in MAKERS:
-            return self.fresh(width) if before is None else before.outputs
+            made = self.fresh(width) if before is None else before.outputs
+            if getattr(layer, "groups", 1) > 1:
+                self.tie_groups(layer, inputs[0], made)
+            return made
         if type(layer) is layers.DepthwiseConv2D:
             return np.repeat(inputs[0], layer.depth_multiplier)
         if type(layer) in _PASSING:
@@ -293,8 +321,8 @@ _RULES: dict[type, Callable[[_Tracer, Any, Sequence[Any], list[Numbers]], Number
 
 
 def _is_strange(layer: Any) -> bool:
-    """Channels elsewhere than on the last axis, seen by other channels, or in groups."""
-    if getattr(layer, "data_format", "channels_last") == "channels_first" or getattr(layer, "groups", 1) != 1:
+    """Channels elsewhere than on the last axis, or seen by other channels."""
+    if getattr(layer, "data_format", "channels_last") == "channels_first":
         return True
     if _mixes(layer) and type(layer) not in MAKERS:
         return True

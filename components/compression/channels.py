@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import tf_keras
 
-from components.compression.channel_groups import MAKERS, Channels, Flow, has_kernel, trace_channels
+from components.compression.channel_groups import MAKERS, Channels, Flow, by_groups, has_kernel, trace_channels
 from components.compression.kernels import Kernel, Untreated, check_excluded, choose
 from components.errors import ModelError
 from components.options import ChannelsOptions
@@ -232,6 +232,8 @@ def _smaller(layer: Any, cut: Cut) -> Any:
         for key in ("filters", "units"):
             if type(layer) in MAKERS and key in config:
                 config[key] = width
+        if "groups" in config:
+            config["groups"] = flow.groups_left(cut.kept)
         if type(layer) is tf_keras.layers.Reshape:
             config["target_shape"] = (*layer.output_shape[1:-1], width)
     return type(layer).from_config(config)
@@ -244,5 +246,8 @@ def _cut(layer: Any, weight: Any, flow: Flow, kept: np.ndarray) -> np.ndarray:
     if type(layer) is tf_keras.layers.DepthwiseConv2D:
         return values[..., kept[flow.inputs], :]
     of_input, of_output = MAKERS[type(layer)]
-    values = np.compress(kept[flow.inputs], values, of_input)
+    if by_groups(layer):  # what is left of the groups sees as many inputs as before
+        return np.compress(kept[flow.outputs], values, of_output)
+    # Of groups the kernel holds the inputs of one; all lose theirs at the same places.
+    values = np.compress(kept[flow.inputs][: values.shape[of_input]], values, of_input)
     return np.compress(kept[flow.outputs], values, of_output)

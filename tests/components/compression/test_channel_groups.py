@@ -93,7 +93,6 @@ def test_a_layer_called_twice_ties_what_it_is_called_with_and_a_shared_activatio
 
 UNKNOWN = {
     "layer 'norm' (LayerNormalization), which": lambda x: layers.LayerNormalization(name="norm")(x),
-    "layer 'grouped' (Conv2D), which": lambda x: layers.Conv2D(4, 3, groups=2, name="grouped")(x),
     "layer 'soft' (Activation), which": lambda x: layers.Activation("softmax", name="soft")(x),
     "layer 'swap' (Permute), which": lambda x: layers.Permute((3, 1, 2), name="swap")(x),
     "layer 'rows' (Reshape), which": lambda x: layers.Reshape((8, 8, 2, 2), name="rows")(x),

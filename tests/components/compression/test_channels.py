@@ -9,12 +9,13 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
-from components.artifacts import CompressedModel
+from components.artifacts import CompressedModel, DataSpec
 from components.compression.channel_groups import trace_channels
 from components.compression.channels import _counts, choose_channels, importance, shrink
 from components.compression.compress import load, unsupported
 from components.compression.twin import to_twin
 from components.delivery.export import export
+from components.delivery.measure import predict
 from components.delivery.proof import Proof, check, read_proof
 from components.errors import ConfigError, ModelError
 from components.options import ChannelsOptions, ExportOptions
@@ -103,6 +104,49 @@ def test_channels_that_carry_nothing_go_without_a_trace():
     expected = model(example(model), training=False)
     assert float(np.ptp(expected)) > 0.01, "nothing reaches the output"
     np.testing.assert_allclose(small(example(model), training=False), expected, atol=1e-6)
+
+
+def grouped(groups: int) -> tf_keras.Model:
+    """A convolution of 16 to 24 channels in groups between two plain ones."""
+    image = layers.Input((8, 8, 3), name="image")
+    x = conv(conv(image, 16, "wide", kernel=1), 24, "grouped", groups=groups)
+    x = layers.GlobalAveragePooling2D()(conv(x, 10, "narrow", kernel=1))
+    return tf_keras.Model(image, layers.Dense(3, name="logits")(x), name="grouped")
+
+
+@pytest.mark.parametrize(
+    ("groups", "units", "left", "kernel"),
+    [
+        (2, [("wide", 8), ("grouped", 12)], 2, (3, 3, 4, 12)),  # each group loses half of its inputs and outputs
+        (8, [("wide", "grouped", 8)], 4, (3, 3, 2, 12)),  # half of the groups go
+    ],
+)
+def test_groups_of_a_convolution_lose_equally_or_go_as_a_whole(groups, units, left, kernel, tmp_path):
+    model = randomize(grouped(groups))
+    channels = trace_channels(model)
+    found = [(*group.layers, len(group.numbers)) for group in channels.groups()]
+    assert found == [*units, ("narrow", 10)]
+    gone = np.zeros(channels.count, bool)
+    for group in channels.groups():
+        gone[group.numbers[::2]] = True
+    for layer in ("wide", "grouped", "narrow"):  # what is gone makes nothing: its kernel, offset and mean are zero
+        makes = gone[channels.flows[layer].outputs]
+        for weight in [*model.get_layer(layer).weights, *model.get_layer(f"{layer}_norm").weights]:
+            if "variance" not in weight.name:
+                weight.assign(np.where(makes, 0, weight.numpy()))
+    small = shrink(model, type(choose_channels(model, ANY, 0.01))(channels, ~gone, []))
+    made = small.get_layer("grouped")
+    assert (made.groups, tuple(made.kernel.shape)) == (left, kernel)
+    expected = model(example(model), training=False)
+    assert float(np.ptp(expected)) > 0.01, "nothing reaches the output"
+    np.testing.assert_allclose(small(example(model), training=False), expected, atol=1e-6)
+    counted = channels.multiply_adds(~gone)
+    assert counted == trace_channels(small).multiply_adds()
+    spec = DataSpec(task="classification", input_name="image", input_shape=(8, 8, 3), labels=("a", "b", "c"))
+    given = ("float32", "float32", small, spec, "logits", ExportOptions(), None, tmp_path)
+    file = export(*given, seed=0, trace=Trace()).file
+    assert (12, 3, 3, kernel[2]) in {each.shape for each in read_proof(file).weights}
+    np.testing.assert_allclose(predict(file, example(model)), expected, atol=1e-5)
 
 
 def test_the_order_of_channels_survives_the_cut():
