@@ -23,9 +23,8 @@ class Hosted(tf_keras.layers.Layer):
     """One call of a Keras 3 layer or operation.
 
     Its weights are those of the Keras 3 layer in that order, and then the states of its random generators: a
-    checkpoint holds them too, so that a resumed training draws the same.
-
-    Left out: what the layer adds to the loss (regularizers of its weights, `add_loss`).
+    checkpoint holds them too, so that a resumed training draws the same. What it adds to the loss (regularizers of its
+    weights, `add_loss`) is added to that of the twin.
     """
 
     # No tracking: to tf_keras a Keras 3 layer looks like one of its own, whose variables it would list.
@@ -81,13 +80,15 @@ class Hosted(tf_keras.layers.Layer):
 
     @tf.autograph.experimental.do_not_convert  # Keras 3 does without
     def _update_and_compute(self, tensors: Sequence[Any], training: Any) -> Any:
-        outputs, changed = self.compute(tensors, training)
+        outputs, changed, losses = self.compute(tensors, training)
+        for loss in losses:
+            self.add_loss(loss)
         for copy, value in changed:  # statistics and random states; none at inference, or the converter would refuse
             copy.assign(value)
         return outputs
 
-    def compute(self, tensors: Sequence[Any], training: Any) -> tuple[Any, list[tuple[Any, Any]]]:
-        """Outputs, and each variable that would change with its new value (None for one that is not of this layer)."""
+    def compute(self, tensors: Sequence[Any], training: Any) -> tuple[Any, list[tuple[Any, Any]], list[Any]]:
+        """Outputs; each variable that would change with its new value (None for one that is not of this layer); losses."""
         given = iter(tensors)
         args, kwargs = keras.tree.map_structure(
             lambda each: next(given) if isinstance(each, keras.KerasTensor) else each, self._arguments
@@ -95,13 +96,15 @@ class Hosted(tf_keras.layers.Layer):
         if training is not None and isinstance(self.held, keras.Layer):
             kwargs = {**kwargs, "training": training}
         own = list(zip(self.held.variables, self._copies, strict=True)) if self._copies else []
-        scope = keras.StatelessScope([(variable, tf.convert_to_tensor(copy)) for variable, copy in own])
+        mapping = [(variable, tf.convert_to_tensor(copy)) for variable, copy in own]
+        scope = keras.StatelessScope(mapping, collect_losses=True)
         before = dict(scope.state_mapping)
         with scope:
             outputs = self.held(*args, **kwargs)
+            losses = list(self.held.losses) if isinstance(self.held, keras.Layer) else []
         copies = {id(variable): copy for variable, copy in own}
         after = scope.state_mapping.items()
-        return outputs, [(copies.get(key), value) for key, value in after if value is not before.get(key)]
+        return outputs, [(copies.get(key), value) for key, value in after if value is not before.get(key)], losses
 
     def inputs_among(self, args: Any, kwargs: Any) -> list[Any]:
         """The tensors to call this layer with, out of the arguments of a call of the Keras 3 layer."""

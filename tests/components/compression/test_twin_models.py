@@ -274,6 +274,33 @@ def test_dropout_drops_in_training_and_only_there():
     assert set(np.unique(twin(ones, training=False))) == {1.0}
 
 
+@keras.saving.register_keras_serializable("tests")
+class Taxed(keras.layers.Layer):
+    """A layer of Keras 3 alone: adds the mean of its outputs to the loss, and a tenth of the squares of its weights."""
+
+    def build(self, shape):
+        self.scale = self.add_weight((shape[-1],), regularizer=keras.regularizers.L2(0.1), name="scale")
+
+    def call(self, x):
+        made = x * self.scale
+        self.add_loss(keras.ops.mean(made))
+        return made
+
+
+def test_what_a_hosted_layer_adds_to_the_loss_is_added_to_the_twin_s():
+    row = keras.Input((3,))
+    model = keras.Model(row, Taxed(name="taxed")(row))
+    model.get_layer("taxed").scale.assign([1.0, 2.0, 3.0])
+    twin = to_twin(model)
+    twin(np.ones((2, 3), np.float32), training=True)
+    assert float(sum(twin.losses)) == pytest.approx(2.0 + 0.1 * 14)
+    twin.get_layer("taxed").set_weights([np.zeros(3, np.float32)])
+    twin.compile("sgd", "mse")
+    assert twin.evaluate(np.ones((2, 3)), np.ones((2, 3)), verbose=0) == pytest.approx(1.0)
+    twin.get_layer("taxed").set_weights([np.full(3, 2.0, np.float32)])
+    assert twin.evaluate(np.ones((2, 3)), np.ones((2, 3)), verbose=0) == pytest.approx(1.0 + 2.0 + 0.1 * 12)
+
+
 def test_convnext_s_own_layers_go_there_and_back():
     from keras.src.applications.convnext import LayerScale, StochasticDepth
 
