@@ -36,6 +36,7 @@ KERNELS = {
     "FULLY_CONNECTED": (1, 0),
     "TRANSPOSE_CONV": (1, 0),
     "EMBEDDING_LOOKUP": (1, 0),
+    "GATHER": (0, 0),  # what an Embedding becomes; from a table of whole numbers it is none
 }
 OPERATORS_OF_KIND = {
     "conv1d": ("CONV_2D",),
@@ -257,7 +258,7 @@ class _Graph:
                 continue
             position, axis = KERNELS[name]
             tensor = self.source(operator.inputs[position])
-            if tensor is not None and tensor not in seen:
+            if tensor is not None and tensor not in seen and self.dtype(tensor) not in ("int32", "int64"):
                 seen.add(tensor)
                 yield self._kernel(name, tensor, axis, operator.outputs[0])
 

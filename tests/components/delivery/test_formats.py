@@ -4,13 +4,15 @@ import keras
 import numpy as np
 import pytest
 
-from components.artifacts import Promise
+from components.artifacts import DataSpec, Promise
 from components.delivery.bundle import MACHINE_TOLERANCE, machine_tolerance
 from components.delivery.card import FORMATS as WORDS
+from components.delivery.export import export
 from components.delivery.formats import WEIGHT_BITS, check_format, weight_dtype
 from components.delivery.measure import predict
 from components.delivery.proof import check, read_proof
 from components.delivery.skew import KERAS_TOLERANCE
+from components.options import ExportOptions
 from components.recipe import FORMATS, IO
 from components.tracing import Trace
 from tests.components.delivery.test_proof import kernel
@@ -144,3 +146,28 @@ def test_operators_without_an_int16_kernel_are_told(toy, tmp_path):
     assert heard == [
         "int16x8: operators without an int16x8 kernel run in float inside the file, expect it to be slower: ELU."
     ]
+
+
+@pytest.mark.parametrize(
+    ("format", "dtype", "listed"),
+    [
+        ("float16", "float16", False),
+        ("dynamic", "int8", False),
+        ("int8", "int8", False),
+        ("int8_weights", "float32", True),
+    ],
+)
+def test_the_table_of_an_embedding_counts_as_a_kernel(format, dtype, listed, tmp_path):
+    words = keras.Input((8,), name="words")
+    x = keras.layers.GlobalAveragePooling1D()(keras.layers.Embedding(200, 16, name="table")(words))
+    model = keras.Model(words, keras.layers.Dense(2, name="head")(x))
+    spec = DataSpec(task="classification", input_name="words", input_shape=(8,), labels=("a", "b"))
+    rows = np.random.default_rng(0).integers(0, 200, (32, 8)).astype(np.float32)
+    given = (format, format, model, spec, "logits", ExportOptions(), rows, tmp_path)
+    file = export(*given, seed=0, trace=Trace())
+    (table,) = [each for each in read_proof(file.file).weights if each.operator == "GATHER"]
+    assert (table.shape, table.dtype) == ((200, 16), dtype)
+    reason = f"{format}: a GATHER kernel of 8 bits is not to be had, it is float32"
+    assert file.facts["untreated"] == [{"layer": "table", "class": "Embedding", "reason": reason}] * listed
+    wanted = model(rows, training=False).numpy()
+    np.testing.assert_allclose(predict(file.file, rows), wanted, atol=0.05 * np.ptp(wanted))
