@@ -10,8 +10,9 @@ statistics taken from pictures (`twin`). The outputs compared are logits; the ta
 different pictures. All pictures are SYNTHETIC (uniform noise):
 the outcomes say that a step runs, keeps its promises and leaves a file that loads, nothing about accuracy.
 
-Each model and step runs in a process of its own with a time limit. Results go to benchmarks/out/twin_applications.json after
-each; a second run does what is missing.
+Each model and step runs in a process of its own, at the lowest priority, with a limit of processor time and memory. Small models
+come first, as far as earlier results tell their size. Results go to benchmarks/out/twin_applications.json after each; a second
+run does what is missing.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import argparse
 import json
 import os
 import pathlib
+import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -244,16 +247,34 @@ def work(name: str, piece: str) -> None:
 # --- all of them -------------------------------------------------------------------------------------------------
 
 
-def run(name: str, piece: str, limit: float) -> dict[str, Any]:
+def run(name: str, piece: str, limit: float, memory: float) -> dict[str, Any]:
+    """What `work` printed.
+
+    Args:
+      name: The model.
+      piece: What to do with it.
+      limit: Seconds of processor time, since a process of low priority may wait for hours.
+      memory: GiB of private data; TensorFlow maps far more addresses than it uses.
+    """
+
+    def confine() -> None:
+        os.nice(19)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(limit),) * 2)
+        resource.setrlimit(resource.RLIMIT_DATA, (int(memory * 2**30),) * 2)
+
     command = [sys.executable, __file__, "--work", piece, name]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done after {limit:g} s"}
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=confine)
+    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        return {"error": f"not done after {limit:g} s of processor time, or out of memory"}
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         return {"error": f"the process ended with {done.returncode}: {done.stderr.strip()[-200:]}"}
     return json.loads(lines[-1])
+
+
+def _size(found: dict[str, Any]) -> float:
+    """Parameters; unknown ones last."""
+    return found.get("twin", {}).get("parameters", float("inf"))
 
 
 def table(results: dict[str, dict[str, Any]], pieces: list[str]) -> str:
@@ -292,7 +313,8 @@ def main() -> None:
     parser.add_argument("models", nargs="*", help="default: all")
     parser.add_argument("--outcomes", action="store_true", help="each of OUTCOMES too")
     parser.add_argument("--pieces", nargs="+", help="these only, of own, twin and OUTCOMES")
-    parser.add_argument("--limit", type=float, default=1800, help="seconds for each piece of work")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds of processor time for each piece of work")
+    parser.add_argument("--memory", type=float, default=12, help="GiB for each piece of work")
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
     parser.add_argument("--again", action="store_true", help="do not reuse earlier results")
     parser.add_argument("--work", choices=["own", "twin", *OUTCOMES], help=argparse.SUPPRESS)
@@ -303,10 +325,10 @@ def main() -> None:
     pieces = [*(options.pieces or ["own", "twin"]), *(OUTCOMES if options.outcomes else ())]
     results = json.loads(options.out.read_text()) if options.out.exists() and not options.again else {}
     options.out.parent.mkdir(exist_ok=True)
-    for name in options.models or names():
+    for name in sorted(options.models or names(), key=lambda each: _size(results.get(each, {}))):
         for piece in pieces:
             if "error" in results.setdefault(name, {}).get(piece, {"error": ""}):
-                results[name][piece] = run(name, piece, options.limit)
+                results[name][piece] = run(name, piece, options.limit, options.memory)
                 options.out.write_text(json.dumps(results, indent=1) + "\n")
                 print(f"{name} {piece}: {results[name][piece]}", file=sys.stderr, flush=True)
     print(table(results, pieces))

@@ -2,14 +2,15 @@
 
     twin --quantize()--> model with fake quantization --calibrate(), train--> converted as it is
 
-tfmot's quantize_apply with its default 8-bit scheme (Jacob et al. 2018, arXiv 1712.05877), with four corrections:
+tfmot's quantize_apply with its default 8-bit scheme (Jacob et al. 2018, arXiv 1712.05877), with these corrections:
 
 - Zeros and clusters of earlier steps are kept by `Keeping`. tfmot's own schemes for that share one quantizer object
   between all layers, so one layer without zeros switches sparsity off for every later one, and they forget kernels
   whose layer feeds a Concatenate or a separate ReLU.
-- A kernel with a separate ReLU behind it is quantized; tfmot leaves it in float (`LayerReLUQuantize`).
+- Layers that tfmot does not know are quantized where TFLite has the kernels, and a kernel with a separate ReLU behind it,
+  which tfmot leaves in float (`components.compression.quantize_layers`).
 - A layer whose activation tfmot does not know is left alone, also in front of one that is quantized; tfmot refuses the
-  whole model then (`_Registry`).
+  whole model then (`Registry`).
 - Ranges start from data (`calibrate`), not from [-6, 6]: at tfmot's decay of 0.999 these need thousands of updates to fade
   (tensorflow/model-optimization issue 368).
 """
@@ -27,27 +28,20 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_model_optimization as tfmot
 import tf_keras
-from tensorflow_model_optimization.python.core.quantization.keras import quantize_aware_activation, quantize_wrapper
-from tensorflow_model_optimization.python.core.quantization.keras.default_8bit import (
-    default_8bit_quantize_registry,
-    default_8bit_quantize_scheme,
-    default_8bit_transforms,
-)
-from tensorflow_model_optimization.python.core.quantization.keras.graph_transformations import (
-    model_transformer,
-    transforms,
-)
+from tensorflow_model_optimization.python.core.quantization.keras import quantize_wrapper
+from tensorflow_model_optimization.python.core.quantization.keras.default_8bit import default_8bit_quantize_scheme
+from tensorflow_model_optimization.python.core.quantization.keras.graph_transformations import model_transformer
 from tensorflow_model_optimization.python.core.quantization.keras.quantize_layout_transform import (
     QuantizeLayoutTransform,
 )
 from tensorflow_model_optimization.python.core.quantization.keras.quantizers import Quantizer
 
 from components.compression.kernels import Kernel, Untreated, check_excluded
+from components.compression.quantize_layers import Registry, fresh, layout_transforms, taken_into
 from components.compression.twin_layers import FUSED
 from components.errors import ModelError
 from components.options import QatOptions
 
-_ACTIVATIONS = ("relu", "swish", "gelu", "relu6", "linear", "softmax", "sigmoid", "tanh")  # of an Activation layer
 _DECAY = 0.999  # of tfmot's moving averages
 _CALIBRATION_BATCHES = 20
 _CALIBRATION_ROUNDS = 2  # the second sees what the first one's [-6, 6] had clipped
@@ -65,7 +59,7 @@ class Annotated:
 
 
 def choose_quantizable(twin: tf_keras.Model, options: QatOptions) -> Annotated:
-    """Which layers are quantized: all that tfmot accepts and the user does not exclude.
+    """Which layers are quantized: all that `Registry` supports and the user does not exclude.
 
     Raises:
       ConfigError: `options.exclude` names an unknown layer.
@@ -90,22 +84,23 @@ def _refusal(layer: Any, options: QatOptions) -> str | None:
         return "tfmot cannot quantize a layer that is called more than once"
     if isinstance(layer, tf_keras.layers.BatchNormalization):
         return _refusal_of_normalization(layer, options)
-    if not default_8bit_quantize_registry.Default8BitQuantizeRegistry().supports(layer):
-        return f"tfmot has no quantization for {type(layer).__name__}"
     activation = getattr(getattr(layer, "activation", None), "__name__", "linear")
-    known = _ACTIVATIONS if isinstance(layer, tf_keras.layers.Activation) else FUSED
-    return None if activation in known else f"tfmot has no quantization for the activation '{activation}'"
+    supported = Registry().supports(layer)
+    if isinstance(layer, tf_keras.layers.Activation):
+        known = supported
+    elif supported:
+        known = activation in FUSED
+    else:
+        return f"neither tfmot nor trimline has a quantization for {type(layer).__name__}"
+    return None if known else f"neither tfmot nor trimline has a quantization for the activation '{activation}'"
 
 
 def _refusal_of_normalization(layer: Any, options: QatOptions) -> str | None:
-    """Batch normalization is folded into the kernel before it, or not quantized at all."""
-    before = tf.nest.flatten(layer._inbound_nodes[0].inbound_layers)[0]
-    kernel = isinstance(before, (tf_keras.layers.Conv2D, tf_keras.layers.DepthwiseConv2D, tf_keras.layers.Dense))
-    linear = kernel and before.activation is tf_keras.activations.linear
-    if not linear or isinstance(before, tf_keras.layers.Conv2DTranspose) or len(before._outbound_nodes) > 1:
-        return "batch normalization is quantized only right behind a Conv2D, DepthwiseConv2D or Dense without activation that feeds nothing else"
-    reason = _refusal(before, options)
-    return None if reason is None else f"'{before.name}', into which it would be folded, is not quantized"
+    """Batch normalization is folded into the kernel before it wherever that can be, and then shares its fate."""
+    before = taken_into(layer)
+    if before is None or _refusal(before, options) is None:
+        return None
+    return f"'{before.name}', into which it would be folded, is not quantized"
 
 
 # --- what earlier steps left -------------------------------------------------------------------------------------
@@ -218,6 +213,8 @@ class Keeping(Quantizer):
 
     def _one_range(self, inputs: tf.Tensor, training: bool, weights: dict[str, Any]) -> tf.Tensor:
         """int8, symmetric, narrow, as tfmot's weight quantizers; the range is that of the last update's largest weight."""
+        if inputs.shape.rank == 3:  # a Conv1D: what its own quantizer does, see `RowConv1D`
+            inputs = inputs[tf.newaxis]
         low, high = weights["min_var"], weights["max_var"]
         if training:
             largest = tf.reduce_max(tf.abs(inputs))
@@ -240,62 +237,6 @@ class Keeping(Quantizer):
 # --- tfmot's scheme, corrected -----------------------------------------------------------------------------------
 
 
-class _KernelReLU(transforms.Transform):
-    """Kernel, then a separate ReLU: no rounding between them, and the kernel quantized as usual."""
-
-    def __init__(self, relu: str, config: dict[str, str]) -> None:
-        self.relu = relu
-        self.config = config
-
-    def pattern(self) -> Any:
-        kernel = transforms.LayerPattern("Conv2D|DepthwiseConv2D|Dense", config={"activation": "linear"})
-        return transforms.LayerPattern(self.relu, config=self.config, inputs=[kernel])
-
-    def replacement(self, match_layer: Any) -> Any:
-        match_layer.input_layers[0].layer["config"]["activation"] = tf_keras.activations.serialize(
-            quantize_aware_activation.NoOpActivation(), use_legacy_format=True
-        )
-        return match_layer
-
-    def custom_objects(self) -> dict[str, Any]:
-        return {"NoOpActivation": quantize_aware_activation.NoOpActivation}
-
-
-class _AddReLU(default_8bit_transforms.LayerReLUQuantize):
-    def pattern(self) -> Any:
-        return transforms.LayerPattern("ReLU", inputs=[transforms.LayerPattern("Add")])
-
-
-class _AddReluActivation(default_8bit_transforms.LayerReluActivationQuantize):
-    def pattern(self) -> Any:
-        return transforms.LayerPattern(
-            "Activation", config={"activation": "relu"}, inputs=[transforms.LayerPattern("Add")]
-        )
-
-
-def _transforms() -> list[Any]:
-    """Those of tfmot's default scheme that a twin can need, in its order, with the two corrections."""
-    theirs = default_8bit_transforms
-    return [
-        theirs.InputLayerQuantize(),
-        theirs.Conv2DBatchNormReLUQuantize(),
-        theirs.Conv2DBatchNormActivationQuantize(),
-        theirs.Conv2DBatchNormQuantize(),
-        theirs.ConcatTransform6Inputs(),
-        theirs.ConcatTransform5Inputs(),
-        theirs.ConcatTransform4Inputs(),
-        theirs.ConcatTransform3Inputs(),
-        theirs.ConcatTransform(),
-        theirs.DenseBatchNormQuantize(),
-        theirs.DenseBatchNormReLUQuantize(),
-        theirs.DenseBatchNormActivationQuantize(),
-        _KernelReLU("ReLU", {}),
-        _KernelReLU("Activation", {"activation": "relu"}),
-        _AddReLU(),
-        _AddReluActivation(),
-    ]
-
-
 class _Layout(QuantizeLayoutTransform):
     """Where rounding takes place, and how each kernel that holds zeros or clusters is rounded."""
 
@@ -305,28 +246,15 @@ class _Layout(QuantizeLayoutTransform):
     def apply(self, model: Any, layer_quantize_map: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """See tfmot's `QuantizeLayoutTransform`."""
         made, layers = model_transformer.ModelTransformer(
-            model, _transforms(), set(layer_quantize_map), layer_quantize_map
+            model, layout_transforms(), set(layer_quantize_map), layer_quantize_map
         ).transform()
-        registry = default_8bit_quantize_registry.Default8BitQuantizeRegistry()
+        registry = Registry()
         for name, keep in self.keep.items():
             given = layers[name].get("quantize_config") or registry.get_quantize_config(made.get_layer(name))
             config = copy.copy(given)  # the registry hands one object to all layers of a class
             config.weight_quantizer = Keeping(given.weight_quantizer, keep)
             layers[name]["quantize_config"] = config
         return made, layers
-
-
-class _Registry(default_8bit_quantize_registry.Default8BitQuantizeRegistry):
-    """tfmot's, which looks at an Activation layer's class and not at its function.
-
-    tfmot rounds what a layer that is left alone hands to one that is not, and refuses the whole model where it does not
-    know that layer's function. Here the range of such a tensor is left to the converter.
-    """
-
-    def supports(self, layer: Any) -> bool:
-        """Whether tfmot can quantize the layer."""
-        known = not isinstance(layer, tf_keras.layers.Activation) or layer.activation.__name__ in _ACTIVATIONS
-        return known and bool(super().supports(layer))
 
 
 class _Scheme(default_8bit_quantize_scheme.Default8BitQuantizeScheme):
@@ -337,8 +265,8 @@ class _Scheme(default_8bit_quantize_scheme.Default8BitQuantizeScheme):
     def get_layout_transformer(self) -> _Layout:
         return _Layout(self.keep)
 
-    def get_quantize_registry(self) -> _Registry:
-        return _Registry()
+    def get_quantize_registry(self) -> Registry:
+        return Registry()
 
 
 def quantize(twin: tf_keras.Model, names: Iterable[str], keep: Mapping[str, Kept]) -> tf_keras.Model:
@@ -359,7 +287,7 @@ def quantize(twin: tf_keras.Model, names: Iterable[str], keep: Mapping[str, Kept
     annotate = tfmot.quantization.keras.quantize_annotate_layer
     try:
         annotated = tf_keras.models.clone_model(
-            twin, clone_function=lambda each: annotate(_fresh(each)) if each.name in chosen else _fresh(each)
+            twin, clone_function=lambda each: annotate(fresh(each)) if each.name in chosen else fresh(each)
         )
         annotated.set_weights(twin.get_weights())
         return tfmot.quantization.keras.quantize_apply(annotated, scheme=_Scheme(keep))
@@ -368,10 +296,6 @@ def quantize(twin: tf_keras.Model, names: Iterable[str], keep: Mapping[str, Kept
         raise ModelError(
             f"qat: tfmot cannot quantize model '{twin.name}': {first[:300]}; name the layer in compress.qat.exclude, or drop the recipes with qat."
         ) from error
-
-
-def _fresh(layer: Any) -> Any:
-    return type(layer).from_config(layer.get_config())
 
 
 # --- ranges ------------------------------------------------------------------------------------------------------

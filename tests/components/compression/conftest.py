@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -10,10 +11,12 @@ import tensorflow as tf
 
 from components.artifacts import Batches, CompressedModel, DataSpec, TrainedModel, write_json
 from components.compression.compress import compress
+from components.delivery.export import export
 from components.options import (
     ChannelsOptions,
     ClusterOptions,
     CompressOptions,
+    ExportOptions,
     LowRankOptions,
     PruneOptions,
     QatOptions,
@@ -109,6 +112,14 @@ def train_small(folder: pathlib.Path) -> TrainedModel:
     model.compile(keras.optimizers.Adam(0.01), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     model.fit(*draw(192, 0), batch_size=32, epochs=10, verbose=0)
     return trained(folder, model)
+
+
+def write_int8(model: Any, rows: np.ndarray, outputs: int, folder: pathlib.Path) -> pathlib.Path:
+    """The int8 file of a model with logits, calibrated on `rows` where it brings no ranges; its input is called x."""
+    spec = DataSpec(
+        task="classification", input_name="x", input_shape=rows.shape[1:], labels=tuple(map(str, range(outputs)))
+    )
+    return export("qat", "int8", model, spec, "logits", ExportOptions(), rows, folder, seed=0, trace=Trace()).file
 
 
 @pytest.fixture(scope="session")

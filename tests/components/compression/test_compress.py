@@ -262,6 +262,45 @@ def test_before_a_run_untreated_layers_and_impossible_steps_are_told():
     assert any("LSTM" in line and line.startswith("qat leaves") for line in lines)
 
 
+def rows_model() -> keras.Model:
+    """Convolutions over rows, and layers that tfmot does not know."""
+    image = keras.Input((8, 8, 1), name="image")
+    x = layers.Reshape((8, 8), name="rows")(layers.Rescaling(2.0, offset=-1.0, name="scale")(image))
+    x = layers.Conv1D(16, 3, padding="same", use_bias=False, name="first")(x)
+    x = layers.Activation("hard_silu", name="swish")(layers.BatchNormalization(momentum=0.9, name="first_norm")(x))
+    x = layers.Conv1D(16, 3, padding="same", name="second")(layers.BatchNormalization(momentum=0.9, name="norm")(x))
+    x = layers.ReLU(name="relu")(layers.Multiply(name="times")([x, layers.Dense(16, "sigmoid", name="gate")(x)]))
+    x = layers.LayerNormalization(name="layer_norm")(layers.MaxPooling1D(name="pool")(x))
+    return keras.Model(image, layers.Dense(3, name="logits")(layers.Flatten(name="flatten")(x)), name="rows")
+
+
+def test_layers_that_tfmot_does_not_know_go_the_whole_way(batches, calibration, tmp_path):
+    keras.utils.set_random_seed(0)
+    base = trained(tmp_path / "base", rows_model())
+    short = {name: getattr(OPTIONS, name).model_copy(update={"epochs": 1}) for name in ("cluster", "qat")}
+    made = carry_out("prune+cluster+qat", tmp_path, base, batches, {}, options=OPTIONS.model_copy(update=short))
+    promises = {promise.layer: promise for promise in made.promises}
+    assert promises["second"].kind == "conv1d"
+    assert (promises["second"].sparsity > 0.5, promises["second"].distinct, promises["second"].quantized) == (
+        True,
+        6,
+        True,
+    )
+    assert [each for each in made.facts["untreated"] if each["reason"].startswith("qat")] == []
+    (tmp_path / "file").mkdir()
+    proof = read_proof(file_of(made, tmp_path / "file", "int8", calibration).file)
+    assert check(proof, made.promises, "int8") == []
+    assert proof.float_operators == ()
+    assert {"HARD_SWISH", "RSQRT", "MAX_POOL_2D", "CONV_2D"} <= set(proof.operators)
+    (second,) = (kernel for promise, kernel in match(proof.weights, made.promises) if promise.layer == "second")
+    assert (second.scales, second.distinct <= 6) == (16, True)
+
+
+def test_before_a_run_layers_with_a_quantization_are_not_called_untreated():
+    lines = unsupported(rows_model(), [parse_recipe("qat", {})])
+    assert lines == []
+
+
 def test_before_a_run_each_pattern_is_told_apart():
     recipes = [parse_recipe(text, {}) for text in ("prune@2:4+int8", "prune@0.9:1x16+qat", "prune@0.5:1x4")]
     lines = unsupported(small_model(), recipes)
