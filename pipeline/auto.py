@@ -16,7 +16,7 @@ from collections.abc import Callable
 from components.artifacts import Measured, PreparedData
 from components.delivery.select import REFERENCE, drops
 from components.errors import BudgetError
-from components.options import in_seconds
+from components.fields import in_seconds
 from pipeline.config import Config
 from pipeline.plan import Plan, Step, make_plan
 from pipeline.search import Proposal, Trial, propose, trial_of
