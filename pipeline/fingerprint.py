@@ -45,11 +45,12 @@ def fingerprint(stage: Stage, options: Mapping[str, Any], inputs: Iterable[str],
         "options": options,
         "inputs": list(inputs),
         "content": list(content),
-        "libraries": {name: importlib.metadata.version(name) for name in stage.libraries},
+        "libraries": {name: _version(name) for name in stage.libraries},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+@functools.cache  # a search lays out hundreds of plans
 def code_digest(stage: Stage) -> str:
     """SHA-256 over the stage's function, every module of ours that its modules lead to, and its other files."""
     digest = hashlib.sha256(_tree_text(textwrap.dedent(inspect.getsource(stage.run))).encode())
@@ -58,6 +59,11 @@ def code_digest(stage: Stage) -> str:
     for name in stage.files:
         digest.update((_ROOT / name).read_bytes())
     return digest.hexdigest()
+
+
+@functools.cache
+def _version(library: str) -> str:
+    return importlib.metadata.version(library)
 
 
 def _closure(modules: Iterable[str]) -> set[str]:
