@@ -6,53 +6,18 @@ Unknown keys are refused, defaults are right for a small model on a laptop, and 
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
 import pydantic
 from pydantic import Field
 
+from components.fields import Duration, Pattern
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+AUTO = "auto"  # in the place of a list of recipes: they are searched for (`pipeline.search`)
 Pixels = Literal["zero_to_one", "minus_one_to_one", "zero_to_255"]
-
-
-def _regular(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"must be a regular expression, got '{pattern}': {error}; correct it") from None
-    return pattern
-
-
-Pattern = Annotated[str, pydantic.AfterValidator(_regular)]
-
-
-_UNITS = {"s": 1, "m": 60, "h": 3600}
-
-
-def in_seconds(duration: str) -> float:
-    """A duration in seconds.
-
-    Raises:
-      ValueError: It is not a positive number and s, m or h.
-
-    >>> in_seconds("1.5h")
-    5400.0
-    """
-    number, unit = duration[:-1], duration[-1:]
-    if unit not in _UNITS or not re.fullmatch(r"\d+(\.\d+)?", number) or not float(number):
-        raise ValueError(f"must be a positive number and s, m or h, got '{duration}'; write for instance 30m")
-    return float(number) * _UNITS[unit]
-
-
-def _duration(text: str) -> str:
-    in_seconds(text)
-    return text
-
-
-Duration = Annotated[str, pydantic.AfterValidator(_duration)]
 
 
 class Options(pydantic.BaseModel):
@@ -375,10 +340,6 @@ class QatOptions(FineTune):
     """Quantization-aware training (Jacob et al. 2018, arXiv 1712.05877)."""
 
     learning_rate: Positive = 3e-4
-
-
-AUTO = "auto"
-"""In the place of a list of recipes: they are searched for (`pipeline.search`)."""
 
 
 class CompressOptions(Options):

@@ -60,10 +60,10 @@ def run(
 
     What is in the workspace already is not done again. Ctrl-C loses nothing: the same command goes on where it stopped.
     """
-    from pipeline.config import load_config
+    from pipeline.config import load_config, searching
 
     with _errors():
-        _walk(load_config(config, [*overrides, *_searching(budget)]), until, force, as_json)
+        _walk(load_config(config, [*overrides, *searching(budget)]), until, force, as_json)
 
 
 @app.command()
@@ -88,15 +88,10 @@ def compress(
     Pictures reach the model in [0, 1]; for one trained on other ranges say --set preprocess.pixels=zero_to_255 or
     minus_one_to_one. Numbers of an .npz file are standardised unless --set preprocess.columns.x.rule=none.
     """
-    from pipeline.config import load_config
+    from pipeline.config import load_config, searching
 
     with _errors():
-        _walk(load_config(data, [*overrides, *_searching(budget)], model=model), until, force, as_json)
-
-
-def _searching(budget: str | None) -> list[str]:
-    """What --budget stands for, as overrides."""
-    return [] if budget is None else ["compress.recipes=auto", f"compress.budget={budget}"]
+        _walk(load_config(data, [*overrides, *searching(budget)], model=model), until, force, as_json)
 
 
 def _walk(config: Config, until: str | None, force: list[str], as_json: bool) -> None:
@@ -121,6 +116,7 @@ def _walk(config: Config, until: str | None, force: list[str], as_json: bool) ->
 def plan(config: ConfigPath, overrides: Sets = [], as_json: AsJson = False) -> None:  # noqa: B006 - typer copies it
     """Show what would run, what is in the store already, and what looks wrong. Trains nothing."""
     from pipeline import preflight, tables
+    from pipeline.auto import outlook
     from pipeline.config import load_config
     from pipeline.plan import make_plan
     from pipeline.runner import run_folder
@@ -130,7 +126,8 @@ def plan(config: ConfigPath, overrides: Sets = [], as_json: AsJson = False) -> N
         with _screen(run_folder(loaded) / "plan.log", show=False):
             made = make_plan(loaded)
             findings = preflight.check(made)
-        tables.show_plan(made, findings, as_json=as_json)
+            ahead = outlook(loaded)
+        tables.show_plan(made, findings, ahead, as_json=as_json)
 
 
 @app.command()

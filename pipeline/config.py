@@ -22,6 +22,7 @@ from pydantic import Field
 
 from components.errors import ConfigError
 from components.options import (
+    AUTO,
     BundleOptions,
     CompressOptions,
     ExportOptions,
@@ -110,6 +111,11 @@ def load_config(
 def from_dict(values: Mapping[str, Any]) -> Config:
     """`load_config` for values at hand: `from_dict({"name": "mine", "source": {"kind": "digits"}, "model": {...}})`."""
     return load_config(values)
+
+
+def searching(budget: str | None) -> list[str]:
+    """What `--budget` stands for, as overrides; none where it is None."""
+    return [] if budget is None else [f"compress.recipes={AUTO}", f"compress.budget={json.dumps(budget)}"]
 
 
 def dump(config: Config) -> str:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from components.artifacts import DataSpec, PreparedData, read_json, write_json
+from components.artifacts import DataSpec, PreparedData, TrainedModel, read_json, write_json
 from components.errors import ConfigError, TrimlineError
 from pipeline.config import Config
 from pipeline.fingerprint import fingerprint
 from pipeline.plan import Plan, Step, recipes
 from pipeline.stage import Stage
-from pipeline.stages import teacher_config, teacher_files
+from pipeline.stages import parse_step, teacher_config, teacher_files
 from pipeline.store import Key
 
 if TYPE_CHECKING:
@@ -137,6 +138,37 @@ def _probe(plan: Plan) -> list[Finding]:
         return [Finding("warning", line) for line in unsupported(model, recipes(plan.config), plan.config.compress)]
     except TrimlineError as error:
         return [Finding("warning", str(error))]
+
+
+_CANNOT = "impossible.json"
+
+
+def impossible(plan: Plan, names: Sequence[str], *, ask: bool) -> dict[str, str] | None:
+    """Which training steps the trained model does not allow, each with the reason; kept in the store.
+
+    Args:
+      plan: Its base model is trained.
+      names: Steps as `parse_recipe` reads them.
+      ask: False answers None where it is not known yet; to find out loads TensorFlow.
+    """
+    options = plan.config.compress.model_copy(update={"recipes": [], "budget": ""})
+    train = next(step for step in plan.steps if step.name == "train")
+    stage = Stage("preflight", lambda *_: {}, cast(Any, _find_impossible), ("components.compression.compress",))
+    facts = {"compress": options.model_dump(mode="json"), "steps": list(names)}
+    key = Key("preflight", fingerprint(stage, facts, [train.key.fingerprint], ()))
+    if not plan.store.completed(key):
+        if not ask:
+            return None
+        base = TrainedModel(plan.store.folder(train.key))
+        plan.store.build(key, lambda folder: _find_impossible(base, names, plan.config, folder), resumes=False)
+    return dict(read_json(plan.store.folder(key) / _CANNOT))
+
+
+def _find_impossible(base: TrainedModel, names: Sequence[str], config: Config, folder: pathlib.Path) -> None:
+    from components.compression import compress
+
+    steps = [parse_step(config, name).steps[0] for name in names]
+    write_json(folder / _CANNOT, compress.impossible(base, steps, config.compress))
 
 
 def _teachers(config: Config) -> dict[str, list[pathlib.Path]]:

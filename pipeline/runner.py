@@ -12,7 +12,7 @@ from components.errors import ConfigError
 from components.options import AUTO
 from pipeline import preflight
 from pipeline.auto import search
-from pipeline.config import Config, load_config
+from pipeline.config import Config, load_config, searching
 from pipeline.plan import Plan, check_stages, make_plan
 from pipeline.quiet import quiet as silence
 from pipeline.results import FILE, Results
@@ -33,6 +33,7 @@ def run(
     force: Iterable[str] = (),
     screen: Screen | None = None,
     quiet: bool = True,
+    budget: str | None = None,
 ) -> Results:
     """Carries a configuration out, from raw data to a bundle.
 
@@ -42,6 +43,7 @@ def run(
       force: Stages whose work is done again although it is in the store, with all that depends on them.
       screen: Where progress is shown; None shows nothing.
       quiet: True sends what libraries print meanwhile to the run's log, by the process's file descriptors 1 and 2.
+      budget: Time in which to search for recipes in the place of those that `config` lists, as 90s, 30m or 2h.
 
     Returns:
       The finished run. `selected` is None where no variant met the constraints.
@@ -51,6 +53,8 @@ def run(
     """
     if not isinstance(config, Config):
         config = load_config(config)
+    if budget is not None:
+        config = load_config(config.model_dump(mode="json"), searching(budget))
     check_stages(force, "--force")
     plan, folder = make_plan(config, until=until), run_folder(config)
     preflight.refuse(plan)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from components.delivery.select import constrained
@@ -36,6 +36,7 @@ SHRINKS = {"gzip": tuple(AXES), "raw": ("channels", "lowrank"), "latency": ("cha
 OPENERS = ("int8", "dynamic", "float16")
 ENDS = ("int8", "qat")
 """How a file of integers comes about, the cheaper first; the second only where the first lost too much."""
+_QAT = ENDS[1]
 _WORTH_OF_QAT = 0.1
 _WEIGHT_BITS = 6.6  # entropy of an int8 kernel after training, bits a weight (docs/results.md: gzip over parameters)
 
@@ -132,20 +133,37 @@ def trial_of(variant: Mapping[str, Any], options: SelectOptions, *, skipped: boo
     )
 
 
-def propose(trials: Sequence[Trial], options: SelectOptions, seconds: Callable[[str], float]) -> list[Proposal]:
+def steps_of(options: SelectOptions) -> list[str]:
+    """Every training step that a search with this goal may propose; the mildest of each kind first."""
+    return [f"{axis}@{strength:g}" for axis in SHRINKS[_goal(options)] for strength in AXES[axis]] + [_QAT]
+
+
+def _goal(options: SelectOptions) -> str:
+    return options.size if options.objective == "size" else options.objective
+
+
+def propose(
+    trials: Sequence[Trial],
+    options: SelectOptions,
+    seconds: Callable[[str], float],
+    impossible: Collection[str] = (),
+) -> list[Proposal]:
     """What to try next, the best bet first; empty where nothing is left that could be better.
 
     Args:
       trials: Of this search, in order.
       options: Objective and constraints.
-      seconds: What a recipe is expected to take; 0 for what is in the store.
+      seconds: What a recipe is expected to take, steps of earlier trials left out.
+      impossible: Those of `steps_of` that the model does not allow.
     """
     tried = {trial.recipe for trial in trials}
     openers = [Proposal(name, "it takes no training") for name in OPENERS if name not in tried]
     if openers:
         return openers
     return [
-        each for each in [*_remedies(trials, options), *_moves(trials, options, seconds)] if each.recipe not in tried
+        each
+        for each in [*_remedies(trials, options), *_moves(trials, options, seconds, impossible)]
+        if each.recipe not in tried
     ]
 
 
@@ -156,13 +174,16 @@ def _remedies(trials: Sequence[Trial], options: SelectOptions) -> Iterator[Propo
         yield Proposal(RESCUE, "int8 loses too much, and perhaps few of its layers are to blame")
 
 
-def _moves(trials: Sequence[Trial], options: SelectOptions, seconds: Callable[[str], float]) -> list[Proposal]:
+def _moves(
+    trials: Sequence[Trial], options: SelectOptions, seconds: Callable[[str], float], impossible: Collection[str]
+) -> list[Proposal]:
     """Points next to those that held, and those that qat may repair, by what they promise per second."""
     on_grid = {point.recipe: point for point in _points(trials)}
     made = [each for each in trials if each.recipe in on_grid and each.excess is not None]
     if not made:
         return []
     lost = [on_grid[trial.recipe] for trial in trials if trial.lossy and trial.recipe in on_grid]
+    lost += [_point(f"{step}+{_QAT}") for step in impossible if step != _QAT]
     best = min(made, key=lambda each: (each.excess, each.goal, each.recipe))
     scored: dict[str, tuple[float, Proposal]] = {}
     for trial in made:
@@ -170,7 +191,7 @@ def _moves(trials: Sequence[Trial], options: SelectOptions, seconds: Callable[[s
         held = trial is best or not trial.excess
         for point, why in [*_repairs(trial, start), *(_further(start, lost, options) if held else ())]:
             worth = _gain(trial, start, point, best, options) / max(seconds(point.recipe), 1.0)
-            known = point.recipe in on_grid or any(point.holds(each) for each in lost)
+            known = point.recipe in on_grid or any(point.holds(each) for each in lost) or point.end in impossible
             if worth > 0 and not known and (point.recipe not in scored or scored[point.recipe][0] < worth):
                 scored[point.recipe] = (worth, Proposal(point.recipe, why))
     return [each for _, each in sorted(scored.values(), key=lambda pair: (-pair[0], pair[1].recipe))]
@@ -191,26 +212,26 @@ def _gain(trial: Trial, start: Point, point: Point, best: Trial, options: Select
 def _points(trials: Sequence[Trial]) -> Iterator[Point]:
     """The trials that lie on the grid."""
     for trial in trials:
-        *steps, end = trial.recipe.split("+")
-        named = dict(step.split("@") for step in steps if "@" in step)
-        if end in ENDS and len(named) == len(steps):
-            yield Point(
-                tuple(
-                    strengths.index(float(named[axis])) + 1 if axis in named else 0 for axis, strengths in AXES.items()
-                ),
-                end,
-            )
+        if trial.recipe.split("+")[-1] in ENDS:
+            yield _point(trial.recipe)
+
+
+def _point(recipe: str) -> Point:
+    *steps, end = recipe.split("+")
+    named = dict(step.split("@") for step in steps)
+    positions = [strengths.index(float(named[axis])) + 1 if axis in named else 0 for axis, strengths in AXES.items()]
+    return Point(tuple(positions), end)
 
 
 def _repairs(trial: Trial, point: Point) -> Iterator[tuple[Point, str]]:
     """The same after qat, where int8 loses too much."""
     if point.end == ENDS[0] and trial.lossy:
-        yield dataclasses.replace(point, end=ENDS[1]), f"{trial.recipe} loses too much, qat may give it back"
+        yield dataclasses.replace(point, end=_QAT), f"{trial.recipe} loses too much, qat may give it back"
 
 
 def _further(start: Point, lost: Sequence[Point], options: SelectOptions) -> Iterator[tuple[Point, str]]:
     """One axis further from a point that held, and where that is known to lose too much, half way there."""
-    goal = options.size if options.objective == "size" else options.objective
+    goal = _goal(options)
     for axis in SHRINKS[goal]:
         now, top = start.positions[list(AXES).index(axis)], len(AXES[axis])
         ahead = {each: start.at(axis, each) for each in range(now + 1, top + 1)}
@@ -223,4 +244,4 @@ def _further(start: Point, lost: Sequence[Point], options: SelectOptions) -> Ite
         if position in ahead:
             yield ahead[position], why
     if goal == "metric":
-        yield dataclasses.replace(start, end=ENDS[1]), f"qat may add to {start.recipe}"
+        yield dataclasses.replace(start, end=_QAT), f"qat may add to {start.recipe}"

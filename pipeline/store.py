@@ -26,6 +26,7 @@ from components.artifacts import read_json, write_json
 from components.errors import ContractError
 
 MARKER = "COMPLETED"
+FAILED = "failed.json"
 EVENTS = "tensorboard"
 DISK_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -63,6 +64,15 @@ class Store:
     def spent(self, key: Key) -> float:
         """How long an attempt that came to no artifact worked, seconds; 0 where there is none."""
         return self._spent(self.partial(key))
+
+    def fail(self, key: Key, reason: str) -> None:
+        """Remembers beside an attempt that another would end in the same way."""
+        write_json(self.partial(key) / FAILED, {"reason": reason})
+
+    def failure(self, key: Key) -> str | None:
+        """What `fail` remembered."""
+        path = self.partial(key) / FAILED
+        return str(read_json(path)["reason"]) if path.exists() else None
 
     def remove(self, key: Key) -> None:
         """Forgets the artifact and any attempt at it, so that the next run builds it anew."""
@@ -114,7 +124,8 @@ class Store:
                 ) from error
 
     def _commit(self, key: Key, partial: pathlib.Path, seconds: float) -> pathlib.Path:
-        (partial / "spent.json").unlink(missing_ok=True)
+        for name in ("spent.json", FAILED):
+            (partial / name).unlink(missing_ok=True)
         write_json(partial / MARKER, {"stage": key.stage, "fingerprint": key.fingerprint, "seconds": round(seconds, 3)})
         folder = self.folder(key)
         retract(folder)  # a folder without marker is not an artifact

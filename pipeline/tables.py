@@ -9,7 +9,7 @@ from typing import Any
 import rich.console
 import rich.table
 
-from components.options import AUTO
+from pipeline.auto import Outlook
 from pipeline.plan import Plan
 from pipeline.preflight import Finding
 from pipeline.results import Results
@@ -78,8 +78,8 @@ def _variant_row(variant: dict[str, Any], whole: int | None, chosen: bool) -> li
     ]
 
 
-def show_plan(plan: Plan, findings: list[Finding], *, as_json: bool) -> None:
-    """Every step with its state, then what the pre-flight checks found."""
+def show_plan(plan: Plan, findings: list[Finding], ahead: Outlook | None = None, *, as_json: bool) -> None:
+    """Every step with its state, what is known of a search, then what the pre-flight checks found."""
     states = {step.name: _state(plan, step) for step in plan.steps}
     if as_json:
         steps = [
@@ -91,22 +91,33 @@ def show_plan(plan: Plan, findings: list[Finding], *, as_json: bool) -> None:
             }
             for step in plan.steps
         ]
-        print(json.dumps({"steps": steps, "findings": [dataclasses.asdict(each) for each in findings]}, indent=1))
+        facts: dict[str, Any] = {"steps": steps, "findings": [dataclasses.asdict(each) for each in findings]}
+        print(json.dumps({**facts, **({"search": dataclasses.asdict(ahead)} if ahead else {})}, indent=1))
         return
     console, table = _console(), _table(f"Plan of {plan.config.name}", "step", "state", "fingerprint")
     for step in plan.steps:
         table.add_row(step.name, states[step.name], step.key.fingerprint[:12])
     console.print(table)
-    if plan.config.compress.recipes == AUTO:
-        console.print(
-            f"Recipes are searched for behind the base training, for {plan.config.compress.budget} (compress.budget), "
-            f"{', '.join(OPENERS)} first.",
-            soft_wrap=True,
-        )
+    if ahead is not None:
+        _show_outlook(console, ahead, plan.config.compress.budget)
     for finding in findings:
         console.print(f"{finding.level}: {finding.text}", soft_wrap=True)
     if not findings:
         console.print("Pre-flight checks found nothing to say.")
+
+
+def _show_outlook(console: rich.console.Console, ahead: Outlook, budget: str) -> None:
+    line = f"Recipes are searched for behind the base training, for {budget} (compress.budget), {', '.join(OPENERS)} first."
+    console.print(line, soft_wrap=True)
+    if ahead.known:
+        names = ", ".join(each.recipe for each in ahead.known)
+        console.print(
+            f"In the store are {len(ahead.known)} trials, which took {ahead.seconds:.0f} s: {names}.", soft_wrap=True
+        )
+    if ahead.then is None:
+        console.print("Nothing more fits into the budget, or is in sight.")
+    else:
+        console.print(f"Next: {ahead.then.recipe} ({ahead.then.why}).", soft_wrap=True)
 
 
 def _state(plan: Plan, step: Any) -> str:

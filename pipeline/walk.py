@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from components.errors import BudgetError, TrimlineError
+from components.errors import BudgetError, ModelError, TrimlineError
 from components.tracing import Trace
 from pipeline.plan import Plan, Step
 from pipeline.screen import Screen
@@ -52,10 +52,8 @@ class Walk:
 
     def go(self, plan: Plan) -> None:
         """Every step of `plan` that was not walked yet, in order."""
+        self.forget(plan)
         walked = self.done.keys() | self.lost.keys()
-        for step in list(plan.after(self.force)):
-            if step.name not in walked:
-                plan.store.remove(step.key)
         steps = [step for step in plan.steps if not step.lazy and step.name not in walked]
         self.screen.start(len(self.done) + len(self.lost) + len(steps))
         for step in steps:
@@ -70,8 +68,18 @@ class Walk:
                     if step.stage.name not in PER_RECIPE:
                         raise
                     self.lose(step, error)
+                    # What lies in the model is the same next time, and a search must come by it without training again.
+                    if self.trials and isinstance(error, ModelError) and plan.store.partial(step.key).exists():
+                        plan.store.fail(step.key, str(error))
             if step.recipe is not None and step.stage.name == "measure":
                 self.failures[str(step.recipe)] = self.lost[step.name]
+
+    def forget(self, plan: Plan) -> None:
+        """Takes the steps of `plan` that are forced and were not walked yet out of the store."""
+        walked = self.done.keys() | self.lost.keys()
+        for step in list(plan.after(self.force)):
+            if step.name not in walked:
+                plan.store.remove(step.key)
 
     def lose(self, step: Step, error: Exception) -> None:
         """Records why a step has no artifact."""
@@ -99,6 +107,8 @@ class Walk:
         place = self.folder / "tensorboard" / scope(step)
         if store.completed(key):
             self.screen.cached(step.name)
+        elif self.trials and (reason := store.failure(key)) is not None:
+            raise ModelError(reason)
         else:
 
             def work(partial: pathlib.Path) -> None:

@@ -33,7 +33,7 @@ from components.compression.steps import (
 )
 from components.compression.twin import to_twin
 from components.distillation import Teacher, make_lesson
-from components.errors import ContractError, ModelError
+from components.errors import ConfigError, ContractError, ModelError
 from components.options import CompressOptions
 from components.recipe import Recipe, Step
 from components.tracing import Trace
@@ -112,13 +112,17 @@ def _start(base: TrainedModel, prefix: CompressedModel | None) -> Start:
             untreated=prefix.facts["untreated"],
             reports=prefix.facts["reports"],
         )
+    return Start(twin=_twin_of(base), promises={}, outputs=base.facts["outputs"], untreated=[], reports={})
+
+
+def _twin_of(base: TrainedModel) -> tf_keras.Model:
     try:
         model = keras.saving.load_model(base.file, compile=False)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ContractError(
             f"{base.file}: a Keras 3 model was promised, got {error}; run train again with --force."
         ) from error
-    return Start(twin=to_twin(model), promises={}, outputs=base.facts["outputs"], untreated=[], reports={})
+    return to_twin(model)
 
 
 # --- the artifact ------------------------------------------------------------------------------------------------
@@ -217,3 +221,29 @@ def unsupported(model: keras.Model, recipes: Iterable[Recipe], options: Compress
         if not works:
             lines.append(f"{name} finds nothing to work on in model '{model.name}': its recipes will fail; drop them.")
     return list(dict.fromkeys(lines))  # two strengths of a step mostly leave the same layers alone
+
+
+def impossible(base: TrainedModel, steps: Iterable[Step], options: CompressOptions) -> dict[str, str]:
+    """Which training steps cannot work on a trained model, each with the reason; trains nothing.
+
+    Args:
+      base: The model that a recipe starts from.
+      steps: Of any strength.
+      options: For exclusions.
+
+    Raises:
+      ContractError: The artifact is damaged.
+    """
+    steps = list(steps)
+    try:
+        twin = _twin_of(base)
+    except ModelError as error:
+        return dict.fromkeys(map(str, steps), str(error))
+    found = {}
+    for step in steps:
+        try:
+            if not FORESEE[step.name](twin, step, options)[1]:
+                found[str(step)] = f"{step.name} finds nothing to work on in this model."
+        except (ConfigError, ModelError) as error:
+            found[str(step)] = str(error)
+    return found

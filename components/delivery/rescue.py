@@ -19,7 +19,7 @@ from typing import Any
 
 from components.artifacts import TFLiteFile, read_json, write_json
 from components.delivery.errors_by_layer import LayerError
-from components.errors import TrimlineError
+from components.errors import BudgetError, TrimlineError
 from components.options import ExportOptions
 from components.tracing import Trace
 
@@ -144,9 +144,12 @@ class _Ladder:
         """Makes and judges one file; what cannot be made is recorded, and None."""
         place = self._place(len(self.rungs))
         place.mkdir(parents=True)
+        self.trace.pulse()
         try:
             file = make(place)
             drop = self.lost(file)
+        except BudgetError:  # says nothing of the rung: an artifact without it would be taken for the whole ladder
+            raise
         except TrimlineError as error:
             self.rungs.append(dataclasses.replace(rung, reason=str(error)))
             return None

@@ -4,7 +4,7 @@ import keras
 
 from pipeline.config import from_dict
 from pipeline.plan import make_plan
-from pipeline.preflight import check
+from pipeline.preflight import check, impossible
 
 
 def test_a_teacher_that_does_not_fit_the_data_is_told_before_the_run(tmp_path):
@@ -25,3 +25,20 @@ def test_a_teacher_that_does_not_fit_the_data_is_told_before_the_run(tmp_path):
             f"{section}.distill.teacher: teacher wrong.keras must take (8, 8, 1) and return (10,) as the data have it, "
             "got [(8, 8, 1), (3,)]; name one that was trained on data of this shape.",
         )
+
+
+def test_what_a_trained_model_does_not_allow_is_found_out_once(tmp_path):
+    exclude = {"compress": {"recipes": "auto", "prune": {"exclude": ["head"]}}}
+    base = {"name": "t", "source": {"kind": "digits"}, "model": {"name": "cnn"}, "workspace": str(tmp_path), **exclude}
+    plan = make_plan(from_dict(base))
+    folder = plan.store.folder(next(step for step in plan.steps if step.name == "train").key)
+    folder.mkdir(parents=True)
+    image = keras.Input((8, 8, 1))
+    keras.Model(image, keras.layers.Dense(10, name="head")(keras.layers.Flatten()(image))).save(folder / "model.keras")
+    steps = ["prune@0.5", "cluster@16", "qat"]
+    assert impossible(plan, steps, ask=False) is None
+    found = impossible(plan, steps, ask=True)
+    assert found == {"prune@0.5": "prune finds nothing to work on in this model."}
+    (folder / "model.keras").unlink()
+    longer = make_plan(from_dict({**base, "compress": {**exclude["compress"], "budget": "2h"}}))
+    assert impossible(longer, steps, ask=False) == found

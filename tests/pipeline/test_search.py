@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from components.options import CompressOptions, SelectOptions
 from components.recipe import RESCUE, parse_recipe
-from pipeline.search import AXES, ENDS, OPENERS, Point, Trial, propose, trial_of
+from pipeline.search import AXES, ENDS, OPENERS, Point, Trial, propose, steps_of, trial_of
 
 LIMIT = 0.01
 STRENGTHS = CompressOptions().strengths
@@ -28,10 +28,10 @@ def size(recipe):
     return {"dynamic": 80_000.0, "float16": 150_000.0}.get(recipe, 79_000.0)
 
 
-def search(options, loss=loss, limit=60, fails=()):
+def search(options, loss=loss, limit=60, fails=(), impossible=()):
     """Every trial until nothing is proposed, always the first proposal."""
     trials, proposals = [], []
-    while len(trials) < limit and (found := propose(trials, options, seconds)):
+    while len(trials) < limit and (found := propose(trials, options, seconds, impossible)):
         recipe = found[0].recipe
         proposals.append(found[0])
         if recipe in fails:
@@ -120,6 +120,25 @@ def test_a_step_that_a_model_does_not_allow_ends_its_axis_and_no_other():
     assert any(trial.recipe.startswith("cluster") and trial.goal for trial in trials)
 
 
+def steps_in(trials):
+    return {step for trial in trials for step in trial.recipe.split("+")}
+
+
+def test_a_step_that_is_known_to_be_impossible_is_never_tried_and_milder_ones_are():
+    barred = ["channels@0.3", "channels@0.4", "channels@0.5", *(f"lowrank@{value:g}" for value in AXES["lowrank"])]
+    tried = steps_in(search(SelectOptions(size="raw"), impossible=barred)[0])
+    assert {step for step in tried if "@" in step} == {"channels@0.1", "channels@0.2"}
+    assert "qat" in steps_in(search(SelectOptions(objective="metric"))[0])
+    assert "qat" not in steps_in(search(SelectOptions(objective="metric"), impossible=["qat"])[0])
+
+
+def test_the_steps_of_a_goal_are_legal_and_begin_with_the_mildest():
+    steps = steps_of(SelectOptions())
+    assert [str(parse_recipe(step, STRENGTHS)) for step in steps] == steps
+    assert (steps[0], steps[-1], "prune@0.5" in steps) == ("channels@0.1", "qat", True)
+    assert steps_of(SelectOptions(objective="metric")) == ["qat"]
+
+
 def test_nothing_but_validation_figures_is_looked_at():
     variant = {
         "recipe": "int8", "status": "ok", "metric_name": "accuracy", "metric": 0.1, "metric_drop": 0.8,
@@ -143,19 +162,21 @@ def test_nothing_but_validation_figures_is_looked_at():
     st.sampled_from(["size", "latency", "metric"]),
     st.sampled_from([None, 0.01]),
     st.floats(0, 0.02),
+    st.sets(st.sampled_from(steps_of(SelectOptions()))),
 )
-def test_any_search_ends_repeats_itself_and_tries_legal_recipes_once(hurts, objective, limit, of_int8):
+def test_any_search_ends_repeats_itself_and_tries_legal_recipes_once(hurts, objective, limit, of_int8, barred):
     options = SelectOptions(objective=objective, max_metric_drop=limit)
 
     def lost(recipe):
         return loss(recipe, hurts) + of_int8 * recipe.endswith("int8")
 
-    trials, _ = search(options, lost, limit=400)
+    trials, _ = search(options, lost, limit=400, impossible=barred)
     names = [trial.recipe for trial in trials]
     assert len(names) < 400
     assert len(set(names)) == len(names)
     assert [str(parse_recipe(name, STRENGTHS)) for name in names] == names
-    assert search(options, lost, limit=400)[0] == trials
+    assert search(options, lost, limit=400, impossible=barred)[0] == trials
+    assert not steps_in(trials) & barred
     lossy = [point(trial.recipe) for trial in trials if trial.lossy and trial.recipe.split("+")[-1] in ENDS]
     for number, one in enumerate(lossy):
         assert not any(later.holds(one) for later in lossy[number + 1 :]), "stronger than one that lost too much"

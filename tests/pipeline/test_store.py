@@ -161,3 +161,17 @@ def test_publish_replaces_a_file(tmp_path):
     (tmp_path / "b").write_text("old")
     publish(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_text() == "new"
+
+
+def test_a_failure_is_remembered_until_the_artifact_is_made_or_removed(store):
+    assert store.failure(KEY) is None
+    for forget in (lambda: store.build(KEY, write("one"), resumes=True), lambda: store.remove(KEY)):
+        store.remove(KEY)
+        store.partial(KEY).mkdir(parents=True)
+        store.fail(KEY, "the loss is nan.")
+        assert store.failure(KEY) == "the loss is nan."
+        forget()
+        assert store.failure(KEY) is None
+    store.partial(KEY).mkdir(parents=True)
+    store.fail(KEY, "the loss is nan.")
+    assert not (store.build(KEY, write("one"), resumes=True) / "failed.json").exists()

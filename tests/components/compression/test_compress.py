@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras import layers
 
 from components.artifacts import CompressedModel
-from components.compression.compress import compress, load, unsupported
+from components.compression.compress import compress, impossible, load, unsupported
 from components.delivery.export import export
 from components.delivery.proof import check, match, read_proof
 from components.errors import ConfigError, ContractError, ModelError
@@ -299,6 +299,23 @@ def test_layers_that_tfmot_does_not_know_go_the_whole_way(batches, calibration, 
 def test_before_a_run_layers_with_a_quantization_are_not_called_untreated():
     lines = unsupported(rows_model(), [parse_recipe("qat", {})])
     assert lines == []
+
+
+def test_steps_that_a_trained_model_does_not_allow_are_told_with_the_reason(base, tmp_path):
+    steps = [
+        parse_recipe(text, {}).steps[0] for text in ("channels@0.1", "channels@0.99", "lowrank@0.9", "prune@0.5", "qat")
+    ]
+    options = CompressOptions(prune=PruneOptions(exclude=[layer.name for layer in small_model().layers]))
+    found = impossible(base, steps, options)
+    assert found.keys() == {"channels@0.99", "prune@0.5"}
+    assert found["prune@0.5"] == "prune finds nothing to work on in this model."
+    assert "channels@0.99" in found["channels@0.99"]
+
+    image = keras.Input((8, 8, 1))
+    alone = trained(tmp_path / "alone", keras.Model(image, layers.Flatten()(image)))
+    assert impossible(alone, steps[3:], CompressOptions()).keys() == {"prune@0.5", "qat"}
+    wrong = CompressOptions(prune=PruneOptions(exclude=["nobody"]))
+    assert "nobody" in impossible(base, steps[3:], wrong)["prune@0.5"]
 
 
 def test_before_a_run_each_pattern_is_told_apart():

@@ -11,7 +11,7 @@ from components.delivery.measure import predict
 from components.delivery.owners import layer_classes
 from components.delivery.proof import check, read_proof
 from components.delivery.rescue import in_words, rescue
-from components.errors import ModelError, TrimlineError
+from components.errors import BudgetError, ModelError, TrimlineError
 from components.options import ExportOptions, RescueOptions
 from components.tracing import Trace
 from tests.components.delivery.conftest import spoilt
@@ -109,7 +109,7 @@ class Bench:
         write_json(place / "exported.json", {"recipe": "rescue", "format": "int8", "bytes": len(name)})
         return TFLiteFile(place)
 
-    def climb(self, *, qat=True, **options):
+    def climb(self, *, qat=True, pulse=lambda: None, **options):
         return rescue(
             self.write,
             (lambda place: self.put(place, "qat")) if qat else None,
@@ -120,7 +120,7 @@ class Bench:
             self.folder,
             allowed=0.01,
             precisions=("int16", "float32"),
-            trace=Trace(on_warning=self.warnings.append),
+            trace=Trace(on_warning=self.warnings.append, on_pulse=pulse),
         )
 
 
@@ -143,6 +143,20 @@ def test_layers_are_raised_worst_first_in_doubling_numbers_and_both_precisions(t
     assert bench.asked[0] == ((), (), None)
     assert bench.asked[3] == (("b", "a\\.1"), (), 128)
     assert (tmp_path / "model.tflite").read_text() == "3 float32"
+
+
+def test_a_budget_that_ends_leaves_no_file_for_a_rescue(tmp_path):
+    bench = Bench(tmp_path, {"int8": 0.03, **BAD, "qat": BudgetError("the time is up.")})
+    with pytest.raises(BudgetError, match="the time is up"):
+        bench.climb()
+    assert not (tmp_path / "exported.json").exists()
+
+
+def test_a_rescue_can_be_ended_before_every_rung(tmp_path):
+    bench = Bench(tmp_path, {"int8": 0.03, **BAD, "qat": 0.0})
+    rungs = []
+    bench.climb(pulse=lambda: rungs.append(1))
+    assert len(rungs) == 8
 
 
 def test_readers_come_along_where_an_output_is_to_blame(tmp_path, monkeypatch):
