@@ -120,7 +120,11 @@ class Walk:
 
             with self.screen.step(step.name, len(self.done) + len(self.lost)):
                 store.build(key, work, resumes=step.stage.resumes, waiting=lambda: self.screen.waiting(step.name))
-        _link(place, store.folder(key) / EVENTS)
+        events = store.folder(key) / EVENTS
+        if events.exists():
+            _link(place, events)
+        else:  # the step wrote none: a link to nothing stops tools that copy a run
+            place.unlink(missing_ok=True)
         return store.folder(key)
 
     def _call(

@@ -97,7 +97,7 @@ def rescue(
             if retrain is not None:
                 ladder.climb(Rung(name="qat"), retrain)
     taken = ladder.best(allowed)
-    face = _face(ladder.rungs, taken, allowed, noisy)
+    face = _face(ladder.rungs, taken, allowed, noisy) | {"worth": [ladder.worth(taken, each) for each in taken.layers]}
     trace.text("rescue", _table(face))
     if taken.name != "int8" or not ladder.within(allowed):
         trace.warn(in_words(face))
@@ -165,6 +165,23 @@ class _Ladder:
         rows = read_json(TFLiteFile(self._place(0)).calibration)["rows"]
         return self.write(self.options.model_copy(update={key: names, "calibration_examples": rows}), place)
 
+    def worth(self, rung: Rung, layer: str) -> dict[str, Any]:
+        """What one raised layer gives and takes: the rung against the same with this layer back in int8."""
+        others = tuple(each for each in rung.layers if each != layer)
+        drop, size = self.rungs[0].drop, self.rungs[0].bytes
+        if others:
+            place = self.folder / "put_back"
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            self.trace.pulse()
+            file = self.raise_layers(dataclasses.replace(rung, layers=others), place)
+            drop, size = self.lost(file), file.facts["bytes"]
+        assert rung.drop is not None, "a rung that is taken was made"
+        assert rung.bytes is not None, "likewise"
+        assert drop is not None, "int8 was made, or nothing would have been raised"
+        assert size is not None, "likewise"
+        return {"layer": layer, "gives_back": round(drop - rung.drop, 9), "bytes": rung.bytes - size}
+
     def within(self, allowed: float) -> bool:
         """Whether the last file is within the limit."""
         drop = self.rungs[-1].drop
@@ -194,6 +211,7 @@ def _face(rungs: Sequence[Rung], taken: Rung, allowed: float, noisy: Sequence[La
     """{"allowed", "met", "taken": a rung's name, "rungs": [...], "layers": [{"layer", "snr_db", "added", "raised"}, ...]}.
 
     `layers` are those of int8 that add noise, the worst first; `raised` is what the taken file computes them in, "" for int8.
+    Beside these "worth", of each raised layer what the drop would grow by without it ("gives_back") and what it takes in "bytes".
     """
     return {
         "allowed": allowed,
@@ -245,4 +263,7 @@ def _table(face: Mapping[str, Any]) -> str:
     lines += ["", "| layer of int8 | SNR, dB | noise added | raised to |", "|---|---|---|---|"]
     for each in face["layers"]:
         lines.append(f"| {each['layer']} | {each['snr_db']:.1f} | {each['added']:.2e} | {each['raised'] or '-'} |")
+    if face["worth"]:
+        lines += ["", "| raised layer | gives back | bytes |", "|---|---|---|"]
+    lines += [f"| {each['layer']} | {each['gives_back']:+.4f} | {each['bytes']:+,} |" for each in face["worth"]]
     return f"{in_words(face)}\n\n" + "\n".join(lines)

@@ -15,6 +15,7 @@ from pipeline.runner import run, scope
 from pipeline.screen import Screen
 from pipeline.stage import Call
 from pipeline.stages import STAGES
+from pipeline.store import EVENTS
 
 CALLS: list[str] = []
 FAULTS: dict[str, Exception] = {}
@@ -27,6 +28,8 @@ def work(call: Call) -> None:
     CALLS.append(name)
     if name in FAULTS:
         raise FAULTS[name]
+    if name != "report":  # which writes no events
+        (call.folder / EVENTS).mkdir()
     if name in DEMANDS:
         write_json(call.folder / "got.json", call.demand(DEMANDS[name]).name)
     if name == "select":
@@ -195,4 +198,5 @@ def test_tensorboard_names_sort_as_the_journey_goes_and_lead_to_the_artifact(con
     assert names == sorted(names, key=lambda name: name.split("-")[0])
     link = tmp_path / "t" / "tensorboard" / "2-train"
     assert link.is_symlink()
+    assert not (tmp_path / "t" / "tensorboard" / "8-report").is_symlink(), "it would lead to nothing"
     assert link.resolve(strict=False) == plan.store.folder(plan.steps[1].key) / "tensorboard"

@@ -279,6 +279,7 @@ def test_a_rescue_shows_its_rungs_and_the_layers_that_were_to_blame(tmp_path):
             },
         ],
         "layers": [{"layer": "head", "snr_db": 3.25, "added": 0.5, "raised": "int16"}],
+        "worth": [{"layer": "head", "gives_back": 0.027, "bytes": 100}],
     }
     results = run()
     results["variants"][1]["rescue"] = rescue
@@ -289,6 +290,7 @@ def test_a_rescue_shows_its_rungs_and_the_layers_that_were_to_blame(tmp_path):
     assert "+0.0310" in text
     assert "9,100" in text
     assert "5.00e-01" in text
+    assert "+0.0270" in text
 
 
 def test_time_is_told_as_people_do():

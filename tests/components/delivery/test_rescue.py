@@ -71,6 +71,11 @@ def test_the_guilty_layer_is_raised_and_the_file_proves_it(toy, tmp_path, precis
     raised = {each["layer"]: each["raised"] for each in face["layers"] if each["raised"]}
     assert raised.items() <= dict.fromkeys(taken["layers"], precision).items()
     assert face["layers"][0]["added"] == max(each["added"] for each in face["layers"])
+    worth = {each["layer"]: each for each in face["worth"]}
+    assert worth.keys() == {"hidden", "head"}
+    assert worth["hidden"]["gives_back"] > 0.1, "its output is of no use in int8"
+    if precision == "float32":
+        assert worth["hidden"]["bytes"] > 20_000, "three bytes more for each of its 8,192 weights"
     promises = [Promise.from_json(each) for each in file.facts["promises"]]
     assert {each.layer for each in promises if each.precision == precision} == {"hidden", "head"}
     assert check(read_proof(file.file), promises, file.facts["format"]) == []
@@ -143,6 +148,9 @@ def test_layers_are_raised_worst_first_in_doubling_numbers_and_both_precisions(t
     assert bench.asked[0] == ((), (), None)
     assert bench.asked[3] == (("b", "a\\.1"), (), 128)
     assert (tmp_path / "model.tflite").read_text() == "3 float32"
+    # Without any one of the three the file is that of two layers: it loses 0.01 more, and its stand-in is as long.
+    assert face["worth"] == [{"layer": each, "gives_back": 0.01, "bytes": 0} for each in ("b", "a.1", "c")]
+    assert bench.asked[-1] == ((), ("b", "a\\.1"), 128)
 
 
 def test_a_budget_that_ends_leaves_no_file_for_a_rescue(tmp_path):
@@ -162,7 +170,7 @@ def test_a_rescue_can_be_ended_before_every_rung(tmp_path):
 def test_readers_come_along_where_an_output_is_to_blame(tmp_path, monkeypatch):
     first = dataclasses.replace(BLAMED[0], rounding=0.4, readers=("a.1", "serving/Reshape", "c"))
     monkeypatch.setitem(globals(), "BLAMED", [first, *BLAMED[1:]])
-    bench = Bench(tmp_path, {"int8": 0.03, "3 int16": 0.004})
+    bench = Bench(tmp_path, {"int8": 0.03, "3 int16": 0.004, "2 int16": 0.02})
     face = bench.climb().facts["rescue"]
     assert (face["taken"], face["rungs"][-1]["layers"]) == ("worst 1 in int16", ["b", "a.1", "c"])
 
@@ -171,7 +179,7 @@ def test_no_more_layers_are_raised_than_the_options_allow(tmp_path):
     bench = Bench(tmp_path, {"int8": 0.03, **BAD, "qat": 0.002})
     face = bench.climb(most_layers=1).facts["rescue"]
     assert [rung["name"] for rung in face["rungs"]] == ["int8", "worst 1 in int16", "worst 1 in float32", "qat"]
-    assert (face["taken"], face["met"]) == ("qat", True)
+    assert (face["taken"], face["met"], face["worth"]) == ("qat", True, [])
     assert bench.warnings == [
         "rescue: int8 loses 0.0300 on validation rows, 0.0100 is allowed; after qat it loses 0.0020."
     ]
