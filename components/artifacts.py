@@ -130,12 +130,15 @@ class Batches:
         labels int32 (batch_size,) or float32 (batch_size, 1)). Epoch e depends only on (seed, e).
       ordered: (split, batch_size) -> `tf.data.Dataset`, one pass in file order, last batch smaller.
       rows: split -> number of rows.
+      rows_of: (batch_size, seed, epoch, step) -> int64 (batch_size,), the rows of the training split in file order, 0 is
+        the first, that make one batch of `training`; None where nobody can tell.
     """
 
     spec: DataSpec
     training: Callable[[int, int, int], Any]
     ordered: Callable[[str, int], Any]
     rows: Mapping[str, int]
+    rows_of: Callable[[int, int, int, int], Any] | None = None
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Whole batches in one epoch; the remainder is dropped so that shapes stay static."""

@@ -189,6 +189,11 @@ class OptimizerOptions(Options):
     warmup_epochs: float = Field(0.0, ge=0, description="Linear rise from zero.")
     decay: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="exponential, step: factor each time.")
     decay_epochs: Positive = Field(10.0, description="exponential, step: epochs between factors.")
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="Momentum of a moving average of the weights, which is then what is judged and kept; 0.999, say, looks "
+        "back on some thousand updates.",
+    )
 
 
 class EarlyStopping(Options):
@@ -202,6 +207,11 @@ class StrategyOptions(Options):
 
     name: Literal["default", "mirrored", "multi_worker", "tpu"] = "default"
     devices: Count | None = Field(None, description="mirrored: how many; null takes all.")
+    rescale: bool = Field(
+        False,
+        description="Multiply train.batch_size by the number of replicas, and the learning rate with it: by the number for sgd, "
+        "by its square root for adam and adamw. false: the batch is shared out, and the result is that of one device.",
+    )
 
 
 class Distillation(Options):
@@ -253,6 +263,24 @@ class TrainOptions(Options):
     label_smoothing: Fraction = 0.0
     augmentation: Augmentation = Augmentation()
     distill: TrainDistillation | None = None
+    precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = Field(
+        "auto",
+        description="What activations and gradients are computed in; weights stay float32. auto: float32, unless a long training "
+        "measures that another one is faster here.",
+    )
+    xla: bool | Literal["auto"] = Field(
+        "auto", description="Compile the update with XLA; auto: on a GPU or TPU, not on a CPU, where it is slower."
+    )
+    accumulate: Count = Field(
+        1, description="Parts that each replica computes one after the other for one update, to save memory."
+    )
+    rematerialize: bool = Field(
+        False,
+        description="Compute activations inside layers again for the gradient rather than keep them: less memory, more time.",
+    )
+    checkpoint_every: Duration = Field(
+        "5m", description="Longest time between two checkpoints, as 90s, 30m or 2h; each epoch ends in one too."
+    )
 
 
 # --- compression -------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ class Trace:
       on_progress: Called with (done, total, note); `total` is in the stage's own unit (epochs, rows, files).
       on_warning: Called with one line that matters to the user, in our words.
       on_pulse: Called by steps that train before each update; what it raises ends the step.
+      on_telling: Called with one line on what was chosen or found, which is no cause for concern.
     """
 
     def __init__(
@@ -33,11 +34,13 @@ class Trace:
         on_progress: Callable[[float, float, str], None] = _ignore,
         on_warning: Callable[[str], None] = _ignore,
         on_pulse: Callable[[], None] = _ignore,
+        on_telling: Callable[[str], None] = _ignore,
     ) -> None:
         self.folder = folder
         self.progress = on_progress
         self.warn = on_warning
         self.pulse = on_pulse
+        self.tell = on_telling
         self._writer: Any = None
 
     def __enter__(self) -> Trace:

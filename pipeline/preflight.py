@@ -69,9 +69,12 @@ def _check_strategy(config: Config) -> list[Finding]:
     from pipeline.strategy import check_strategy
 
     found = []
-    for batch_size in {config.train.batch_size, config.compress.batch_size or config.train.batch_size}:
+    train, compress = config.train.batch_size, config.compress.batch_size or config.train.batch_size
+    if config.strategy.rescale:
+        train *= config.strategy.devices or 1
+    for batch_size, accumulate in {(train, config.train.accumulate), (compress, 1)}:
         try:
-            check_strategy(config.strategy, batch_size)
+            check_strategy(config.strategy, batch_size, accumulate)
         except TrimlineError as error:
             found.append(Finding("error", str(error)))
     return found

@@ -62,6 +62,10 @@ class Screen:
         """A warning that matters to the user."""
         self.line(f"  note     {text}", "yellow")
 
+    def tell(self, text: str) -> None:
+        """Something was chosen or found."""
+        self.line(f"           {text}")
+
     def progress(self, done: float, total: float, note: str) -> None:
         """How far the current step is, in its own unit."""
         self._note = note

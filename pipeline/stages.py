@@ -107,6 +107,7 @@ def _train(call: Call) -> None:
         seed=config.seed,
         trace=call.trace,
         teachers=_teachers(call, "train"),
+        rescale=config.strategy.rescale,
     )
 
 
@@ -361,7 +362,10 @@ JOURNEY = (
         "train",
         lambda config, _: {
             "model": config.model.model_dump(),
-            "train": {**config.train.model_dump(), "distill": _distill_facts(config.train.distill)},
+            "train": {
+                **config.train.model_dump(exclude={"checkpoint_every"}),  # how it is cut changes no bit
+                "distill": _distill_facts(config.train.distill),
+            },
             "strategy": config.strategy.model_dump(),
             "seed": config.seed,
         },

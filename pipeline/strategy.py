@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 
-def check_strategy(options: StrategyOptions, batch_size: int) -> None:
-    """What can be said about `options` without starting TensorFlow.
+def check_strategy(options: StrategyOptions, batch_size: int, accumulate: int = 1) -> None:
+    """What can be said about `options` without starting TensorFlow: of a global batch in `accumulate` parts.
 
     With `devices` unset the number of replicas is known only on the machine; training checks the batch then.
 
@@ -30,12 +30,13 @@ def check_strategy(options: StrategyOptions, batch_size: int) -> None:
             f"strategy.name={options.name} is reserved, this version trains on one machine: use mirrored or default."
         )
     if options.devices is None:
+        check_batch(batch_size, 1, options.name, accumulate=accumulate)
         return
     if options.name == "default":
         raise ConfigError(
             f"strategy.devices={options.devices} applies to mirrored, got strategy.name=default; set strategy.name=mirrored, or drop strategy.devices."
         )
-    check_batch(batch_size, options.devices, options.name)
+    check_batch(batch_size, options.devices, options.name, accumulate=accumulate)
 
 
 def make_strategy(options: StrategyOptions) -> tf.distribute.Strategy:

@@ -114,7 +114,8 @@ class Walk:
             def work(partial: pathlib.Path) -> None:
                 _link(place, partial / EVENTS)
                 log.info("%s starts in %s", step.name, partial)
-                with Trace(partial / EVENTS, self.screen.progress, self.screen.warn, self.pulse) as trace:
+                screen = self.screen
+                with Trace(partial / EVENTS, screen.progress, screen.warn, self.pulse, screen.tell) as trace:
                     step.stage.run(self._call(plan, step, partial, demand, trace))
                 gc.collect()
 

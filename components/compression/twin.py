@@ -262,7 +262,7 @@ def _native(operation: Any, name: str) -> list[TwinLayer]:
         return OPERATIONS[kind](operation, name) if kind in OPERATIONS else []
     if _is_yours(operation):
         return TWINS[kind](operation, name)
-    if not type(operation).__module__.startswith("keras."):
+    if not type(operation).__module__.startswith(("keras.", "components.")):
         return []
     try:
         return LAYERS.get(kind, plain)(operation, name)

@@ -190,6 +190,12 @@ def _activation_of(layer: Any, name: str) -> tuple[Any, list[TwinLayer]]:
     return None, [tf_keras.layers.Activation(function, name=behind)]
 
 
+def _fused(layer: Any, name: str) -> list[TwinLayer]:
+    """Keras 3's batch normalization on the fused kernel, which is tf_keras's own way."""
+    kind = tf_keras.layers.BatchNormalization
+    return [kind(**translate(layer, kind, name))]
+
+
 def _leaky_relu(layer: Any, name: str) -> list[TwinLayer]:
     return [tf_keras.layers.LeakyReLU(alpha=float(layer.negative_slope), name=name)]
 
@@ -283,6 +289,7 @@ def _hosted(layer: Any, name: str) -> list[TwinLayer]:
 
 LAYERS: dict[str, Maker] = {
     "Bidirectional": _bidirectional,
+    "FusedBatchNormalization": _fused,
     "Lambda": _hosted,
     "LeakyReLU": _leaky_relu,
     "Normalization": _normalization,

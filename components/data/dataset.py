@@ -61,6 +61,9 @@ def make_batches(data: PreparedData, *, augmentation: Augmentation) -> Batches:
         ),
         ordered=lambda split, batch_size: batches(data, split, batch_size=batch_size),
         rows={split: data.rows(split) for split in SPLITS},
+        rows_of=lambda batch_size, seed, epoch, step: rows_of_batch(
+            data, batch_size=batch_size, seed=seed, epoch=epoch, step=step
+        ),
     )
 
 
@@ -104,9 +107,7 @@ def training_batches(
             f"train.batch_size={batch_size} exceeds the {data.rows('train')} rows of the training split, and a batch must be whole: use {data.rows('train')} or less."
         )
     inputs = _Inputs.of(data)
-    small = data.rows("train") * inputs.layout.row_bytes <= resident_bytes
-    make = _resident_batches if small else _streamed_batches
-
+    make = _resident_batches if _is_small(data, inputs.layout, resident_bytes) else _streamed_batches
     made, columns_of = make(data, inputs.layout, batch_size, tf.constant(seed, tf.int64), first_epoch)
 
     def finish(key: Tensor, step: Tensor, chosen: Any) -> tuple[Tensor, Tensor]:
@@ -117,6 +118,24 @@ def training_batches(
     made = made.map(finish, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     made = made.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
     return _with_options(made)
+
+
+def rows_of_batch(
+    data: PreparedData, *, batch_size: int, seed: int, epoch: int, step: int, resident_bytes: int = RESIDENT_BYTES
+) -> np.ndarray:
+    """Which rows of the training split, in file order, 0 is the first, make batch `step` of `epoch`: int64 (batch_size,).
+
+    Walks through the epoch up to the batch, without computing inputs.
+    """
+    layout = _Inputs.of(data).layout
+    make = _resident_batches if _is_small(data, layout, resident_bytes) else _streamed_batches
+    made, _ = make(data, layout, batch_size, tf.constant(seed, tf.int64), epoch)
+    _, _, chosen = next(iter(made.skip(step)))
+    return np.asarray(chosen[_ROW] if isinstance(chosen, dict) else chosen, np.int64)
+
+
+def _is_small(data: PreparedData, layout: Layout, resident_bytes: int) -> bool:
+    return bool(data.rows("train") * layout.row_bytes <= resident_bytes)
 
 
 def batches(data: PreparedData, split: str, *, batch_size: int) -> tf.data.Dataset:
@@ -271,6 +290,8 @@ def _blocks(paths: list[pathlib.Path]) -> Iterator[tuple[pathlib.Path, dict[str,
 # epoch, (seed, epoch), is folded with the purpose: a batch's augmentation gets _FIRST_STEP + its number.
 
 _ROWS, _FILES, _BUFFERS, _FIRST_STEP = range(4)
+_ROW = "row number"
+"""Column that a streamed batch carries beside those that are stored."""
 
 
 def _key(parent: Tensor, purpose: Tensor | int) -> Tensor:
@@ -306,18 +327,32 @@ def _streamed_batches(
     data: PreparedData, layout: Layout, batch_size: int, seed: Tensor, first_epoch: int
 ) -> tuple[tf.data.Dataset, Callable[[Columns], Columns]]:
     """(epoch's key, step, columns) of each batch, from disk: files, then blocks, then rows are shuffled, each within its reach."""
+    entries = data.manifest["splits"]["train"]["files"]
     files = tf.constant([str(path) for path in data.files("train")], tf.string)
-    block_bytes = max(1, data.manifest["block_rows"] * layout.row_bytes)
+    # Where each file begins among the rows of the split; all its blocks but the last are full.
+    begins = tf.constant(np.cumsum([0, *(entry["rows"] for entry in entries)])[:-1], tf.int64)
+    block_rows = data.manifest["block_rows"]
+    block_bytes = max(1, block_rows * layout.row_bytes)
     buffer = min(_BLOCKS_AT_ONCE, max(1, SHUFFLE_BYTES // block_bytes))
     super_rows = min(SUPER_ROWS, max(batch_size, SHUFFLE_BYTES // layout.row_bytes))
 
+    def blocks(file: Tensor, begin: Tensor) -> tf.data.Dataset:
+        return tf.data.TFRecordDataset(file).enumerate().map(lambda number, one: (one, begin + number * block_rows))
+
+    def both(values: tuple[Tensor, Tensor], key: Tensor) -> tuple[Tensor, Tensor]:
+        order = _shuffled(tf.range(tf.shape(values[0])[0]), key)
+        return tf.gather(values[0], order), tf.gather(values[1], order)
+
+    def columns(record: Tensor, first: Tensor) -> Columns:
+        made = parse(layout, record)
+        return {**made, _ROW: first + tf.range(tf.shape(made["label"], tf.int64)[0])}
+
     def one_epoch(epoch: Tensor) -> tf.data.Dataset:
         key = tf.stack([seed, epoch])
-        made = tf.data.Dataset.from_tensor_slices(_shuffled(files, _key(key, _FILES)))
-        made = made.interleave(tf.data.TFRecordDataset, cycle_length=_FILES_AT_ONCE)
-        made = made.batch(buffer).enumerate()
-        made = made.map(lambda number, some: _shuffled(some, _key(_key(key, _BUFFERS), number))).unbatch()
-        made = made.map(functools.partial(parse, layout), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        made = tf.data.Dataset.from_tensor_slices(both((files, begins), _key(key, _FILES)))
+        made = made.interleave(blocks, cycle_length=_FILES_AT_ONCE).batch(buffer).enumerate()
+        made = made.map(lambda number, some: both(some, _key(_key(key, _BUFFERS), number))).unbatch()
+        made = made.map(columns, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         made = made.rebatch(super_rows).enumerate().map(functools.partial(_permuted, _key(key, _ROWS)))
         made = made.rebatch(batch_size, drop_remainder=True).enumerate()
         return made.map(lambda step, columns: (key, tf.cast(step, tf.int32), columns))

@@ -79,6 +79,10 @@ class Loop:
       task: Chooses the metric.
       strategy: Each of its replicas takes an equal share of every training batch.
       lesson: What a teacher adds to the loss in training; the sums are those of `loss` alone.
+      accumulate: Parts into which each replica cuts its share of a batch, one after the other, so that only a part's
+        activations are held at a time; their gradients are averaged before the one update. Batch normalization sees a
+        part at a time.
+      xla: Compile the update with XLA.
     """
 
     def __init__(
@@ -89,6 +93,8 @@ class Loop:
         task: Task,
         strategy: tf.distribute.Strategy,
         lesson: Lesson | None = None,
+        accumulate: int = 1,
+        xla: bool = False,
     ) -> None:
         self._model = model
         self._optimizer = optimizer
@@ -96,6 +102,8 @@ class Loop:
         self._task: Task = task
         self._strategy = strategy
         self._lesson = lesson
+        self._accumulate = accumulate
+        self._update = tf.function(self._train_step, jit_compile=True) if xla else self._train_step
         self._advance = tf.function(self._advance_steps, jit_compile=False)
         self._evaluate = tf.function(self._evaluate_batches, jit_compile=False)
 
@@ -107,21 +115,20 @@ class Loop:
         """Makes `updates` updates and returns `totals` with their sums added; the same numbers however they are cut."""
         return self._advance(iterator, tf.constant(updates), tf.constant(totals)).numpy()
 
-    def evaluate(self, dataset: tf.data.Dataset, batches: int) -> Totals:
-        """Loss and metric over the first `batches` batches of `dataset`; the last one may be smaller."""
-        return Totals(self._task, self._evaluate(self.iterator(dataset), tf.constant(batches)).numpy())
+    def evaluate(self, iterator: Any, batches: int, totals: np.ndarray) -> np.ndarray:
+        """Returns `totals` with loss and metric over the next `batches` batches added; the last one may be smaller."""
+        return self._evaluate(iterator, tf.constant(batches), tf.constant(totals)).numpy()
 
     # The two bodies below are read by autograph: their `for` becomes a loop inside the graph.
 
     def _advance_steps(self, iterator: Any, updates: Tensor, totals: Tensor) -> Tensor:
         for _ in tf.range(updates):
-            sums = self._summed(self._strategy.run(self._train_step, args=next(iterator)))
+            sums = self._summed(self._strategy.run(self._update, args=next(iterator)))
             finite = tf.cast(tf.math.is_finite(totals[0] + sums[0]), tf.float64)
             totals = totals + tf.concat([sums, [finite]], 0)
         return totals
 
-    def _evaluate_batches(self, iterator: Any, batches: Tensor) -> Tensor:
-        totals = tf.zeros(4, tf.float64)
+    def _evaluate_batches(self, iterator: Any, batches: Tensor, totals: Tensor) -> Tensor:
         for _ in tf.range(batches):
             sums = self._summed(self._strategy.run(self._test_step, args=next(iterator)))
             totals = totals + tf.concat([sums, [0.0]], 0)
@@ -129,10 +136,16 @@ class Loop:
 
     @tf.autograph.experimental.do_not_convert
     def _train_step(self, x: Tensor, y: Tensor) -> Tensor:
+        gradients, sums = self._gradients(x, y) if self._accumulate == 1 else self._averaged(x, y)
+        self._optimizer.apply(gradients, self._model.trainable_variables)
+        return sums
+
+    def _gradients(self, x: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Of the loss by the trainable variables, as the optimizer wants them, and the sums of this share of a batch."""
         variables = self._model.trainable_variables
         answers = None if self._lesson is None else self._lesson.answers(x)
         with tf.GradientTape() as tape:
-            given = self._model(x, training=True)
+            given = tf.cast(self._model(x, training=True), tf.float32)
             each = self._loss(y, given)
             extra = tf.add_n([tf.cast(loss, each.dtype) for loss in self._model.losses] or [tf.zeros((), each.dtype)])
             guided = each
@@ -140,12 +153,31 @@ class Loop:
                 guided = self._lesson.mixed(each, self._lesson.distance(answers, given))
             # Replicas' gradients are summed, so each counts for its share of the global mean.
             share = (tf.reduce_mean(guided) + extra) / self._strategy.num_replicas_in_sync
-        self._optimizer.apply(tape.gradient(share, variables), variables)
-        return self._sums(y, given, each + extra)
+            share = self._optimizer.scale_loss(share)  # in mixed_float16; the optimizer divides what it gets
+        return tape.gradient(share, variables), self._sums(y, given, each + extra)
+
+    def _averaged(self, x: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor]:
+        """As `_gradients`, part by part."""
+        parts = self._accumulate
+        xs, ys = (tf.reshape(each, (parts, each.shape[0] // parts, *each.shape[1:])) for each in (x, y))
+
+        def add(part: Tensor, total: list[Tensor], sums: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+            gradients, more = self._gradients(xs[part], ys[part])
+            total = [
+                before if each is None else before + tf.convert_to_tensor(each) / parts
+                for before, each in zip(total, gradients, strict=True)
+            ]
+            return part + 1, total, sums + more
+
+        zeros = [tf.zeros(variable.shape, variable.dtype) for variable in self._model.trainable_variables]
+        start = (tf.constant(0), zeros, tf.zeros(3, tf.float64))
+        # One at a time: in parallel they would need the memory that cutting is there to save.
+        _, total, sums = tf.while_loop(lambda part, *_: part < parts, add, start, parallel_iterations=1)
+        return total, sums
 
     @tf.autograph.experimental.do_not_convert
     def _test_step(self, x: Tensor, y: Tensor) -> Tensor:
-        given = self._model(x, training=False)
+        given = tf.cast(self._model(x, training=False), tf.float32)
         return self._sums(y, given, self._loss(y, given))
 
     def _sums(self, y: Tensor, given: Tensor, each: Tensor) -> Tensor:

@@ -64,11 +64,20 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         }
 
 
-def make_optimizer(options: OptimizerOptions, steps_per_epoch: int, epochs: int) -> keras.optimizers.Optimizer:
+def make_optimizer(
+    options: OptimizerOptions, steps_per_epoch: int, epochs: int, *, scaled: bool = False
+) -> keras.optimizers.Optimizer:
     """Makes the optimizer; decay leaves biases and normalization alone, as it regularises kernels only.
 
     SGD: w -= rate * g, with momentum v = momentum * v - rate * g. Adam: Kingma and Ba 2015 (arXiv 1412.6980), epsilon
     1e-7. AdamW: Loshchilov and Hutter 2019 (arXiv 1711.05101), w -= rate * weight_decay * w beside Adam's update.
+
+    Args:
+      options: Algorithm and rates.
+      steps_per_epoch: Updates in one epoch.
+      epochs: Length of the training.
+      scaled: Multiply the loss by a factor that follows the gradients' range, and leave out updates that overflow
+        (Micikevicius et al. 2018, arXiv 1710.03740): float16 would lose small gradients.
 
     Raises:
       ConfigError: An option that this optimizer does not have, or a warm-up as long as the training.
@@ -76,16 +85,17 @@ def make_optimizer(options: OptimizerOptions, steps_per_epoch: int, epochs: int)
     _check(options, epochs)
     rate = Schedule(options, steps_per_epoch, epochs)
     decay = options.weight_decay or None
+    average = {"use_ema": options.ema is not None, "ema_momentum": options.ema or 0.99}
     optimizer: keras.optimizers.Optimizer
     if options.name == "sgd":
-        optimizer = keras.optimizers.SGD(rate, momentum=options.momentum, weight_decay=decay)
+        optimizer = keras.optimizers.SGD(rate, momentum=options.momentum, weight_decay=decay, **average)
     elif options.name == "adam":
-        optimizer = keras.optimizers.Adam(rate)
+        optimizer = keras.optimizers.Adam(rate, **average)
     else:
-        optimizer = keras.optimizers.AdamW(rate, weight_decay=options.weight_decay)
+        optimizer = keras.optimizers.AdamW(rate, weight_decay=options.weight_decay, **average)
     if decay:
         optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
-    return optimizer
+    return keras.optimizers.LossScaleOptimizer(optimizer) if scaled else optimizer
 
 
 def _check(options: OptimizerOptions, epochs: int) -> None:

@@ -1,39 +1,37 @@
-"""Train: an untrained model and batches become a trained model, checkpointed each epoch.
+"""Train: an untrained model and batches become a trained model, checkpointed on the way.
 
     TrainOptions, model, Batches --train()--> TrainedModel
 
-A run that was killed and is started again in the same folder goes on after its last whole epoch and ends with the same
-bits as a run that was never disturbed: order and augmentation depend on (seed, epoch) only, and the checkpoint holds
-weights, optimizer and the random states of the layers.
+A run that was killed and is started again in the same folder goes on at the update of its last checkpoint and ends with
+the same bits as a run that was never disturbed: order and augmentation depend on (seed, epoch) only, and the checkpoint
+holds weights, optimizer and the random states of the layers.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
+import contextlib
 import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from components.artifacts import Batches, TrainedModel, write_json
-from components.distillation import Teacher, make_lesson
+from components.distillation import Lesson, Teacher, make_lesson
 from components.errors import ConfigError, DataError, ModelError
 from components.options import ModelOptions, TrainOptions
 from components.tracing import Trace
 from components.training import checkpoint
-from components.training.checkpoint import Checkpoint
+from components.training.epochs import SECONDS_PER_CALL, Training, assign
+from components.training.fused import fused_normalization
 from components.training.loop import Loop, Totals, make_loss
 from components.training.model import outputs_of
 from components.training.optimizer import make_optimizer
-from components.training.replicas import check_batch
-
-_GUESS = 1.2  # a model below this many times the accuracy of a guess is fed wrongly rather than bad
-_SECONDS_PER_CALL = 0.25  # how often progress is told; a call's fixed cost of some 2 ms stays below 1 percent of it
+from components.training.precision import CHOICE, FLOAT16, Choice, choose, computed_in, kind_of
+from components.training.rematerialize import rematerialized
+from components.training.replicas import check_batch, rescaled
 
 
 def train(
@@ -47,6 +45,7 @@ def train(
     seed: int,
     trace: Trace,
     teachers: Callable[[], tuple[Teacher, ...]] = tuple,
+    rescale: bool = False,
 ) -> TrainedModel:
     """Trains and writes `model.keras`, `history.json` and, last, `trained.json`.
 
@@ -60,39 +59,128 @@ def train(
       seed: Fixes the order of the examples.
       trace: Progress counts epochs; steps of the scalars are epochs, 1 is the first.
       teachers: Loads those that `options.distill` names; called under the strategy's scope.
+      rescale: Batch size and learning rate are those of one replica; see `rescaled`.
 
     Returns:
       The folder's artifact. Its facts: outputs, parameters, epochs, best_epoch (whose weights these are; 1 is the
-      first, 0 are those that the model came with), train and validation {"loss", "accuracy" | "rmse"}, seconds.
+      first, 0 are those that the model came with), precision, train and validation {"loss", "accuracy" | "rmse"}, seconds.
 
     Raises:
       ConfigError: The batch does not divide by the replicas or exceeds the training split; an optimizer option is wrong.
       DataError: Early stopping without a validation split.
       ModelError: The loss is not finite, or nothing can be trained.
     """
+    if rescale:
+        options = _rescale(options, strategy, trace)
     steps = _check(options, batches, strategy, trace)
-    with strategy.scope():
-        model = build_model()
-        optimizer = make_optimizer(options.optimizer, steps, max(1, options.epochs))
+    with contextlib.ExitStack() as stack:
+        with strategy.scope():
+            model = build_model()
+            outputs = outputs_of(model, model_options)
+            lesson = make_lesson(options.distill, teachers, batches.spec.task, outputs)
         if options.epochs and not model.trainable_variables:
             raise ModelError(
                 f"model '{model.name}' has no trainable weights; set layer.trainable = True on some layer."
             )
-        optimizer.build(model.trainable_variables)
-        outputs = outputs_of(model, model_options)
-        lesson = make_lesson(options.distill, teachers, batches.spec.task, outputs)
-    loss = make_loss(batches.spec.task, outputs, options.label_smoothing)
-    loop = Loop(model, optimizer, loss, batches.spec.task, strategy, lesson)
-    run = _Run(options, model, optimizer, loop, batches, folder, steps, seed, trace)
-    run.resume()
-    _trace_graph(trace, model)
-    run.to_the_end()
-    return _finish(run, outputs, run.taken_over() if not options.epochs else run.learned())
+        fused = stack.enter_context(fused_normalization(model))
+        if options.rematerialize:
+            again = stack.enter_context(rematerialized(model))
+            trace.tell(
+                f"rematerialized: {len(again)} layers, {', '.join(again[:5])}{', ...' if len(again) > 5 else ''}"
+            )
+        make = _Maker(options, model, batches, strategy, steps, outputs, lesson, seed)
+        chosen = Choice("float32", "nothing is trained")
+        if options.epochs:
+            examples = options.epochs * steps * options.batch_size
+            chosen = choose(options, model, examples, make.kind, make.timer, folder)
+            trace.tell(
+                f"precision: {chosen}" + (f"; {fused} batch normalizations on the fused kernel" if fused else "")
+            )
+        stack.enter_context(computed_in(model, chosen.precision, make.kind))
+        optimizer, loop = make.loop(chosen.precision)
+        run = Training(options, model, optimizer, loop, batches, folder, steps, seed, trace)
+        run.resume()
+        _trace_graph(trace, model)
+        run.to_the_end()
+        learned = run.learned() if options.epochs else run.taken_over()
+    return _finish(run, {"outputs": outputs, "precision": chosen.precision, **learned})
+
+
+class _Maker:
+    """Makes the compiled update of one model in any precision, and times it on one batch of the data."""
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        model: keras.Model,
+        batches: Batches,
+        strategy: tf.distribute.Strategy,
+        steps: int,
+        outputs: Any,
+        lesson: Lesson | None,
+        seed: int,
+    ) -> None:
+        self.kind = kind_of(strategy)
+        self._options, self._model, self._batches, self._strategy = options, model, batches, strategy
+        self._steps, self._lesson, self._seed = steps, lesson, seed
+        self._loss = make_loss(batches.spec.task, outputs, options.label_smoothing)
+
+    def loop(self, precision: str) -> tuple[keras.optimizers.Optimizer, Loop]:
+        """An optimizer that made no update yet, and the loop that uses it."""
+        options = self._options
+        with self._strategy.scope():
+            optimizer = make_optimizer(
+                options.optimizer, self._steps, max(1, options.epochs), scaled=precision == FLOAT16
+            )
+            optimizer.build(self._model.trainable_variables)
+        loop = Loop(
+            self._model,
+            optimizer,
+            self._loss,
+            self._batches.spec.task,
+            self._strategy,
+            self._lesson,
+            accumulate=options.accumulate,
+            xla=self.kind != "CPU" if options.xla == "auto" else options.xla,
+        )
+        return optimizer, loop
+
+    def timer(self, precision: str) -> Callable[[], float]:
+        """See `choose`. The model has its weights back after each use."""
+        batch = self._batches.training(self._options.batch_size, self._seed, 0).take(1).cache().repeat()
+        before = [variable.numpy() for variable in self._model.variables]
+        with computed_in(self._model, precision, self.kind):
+            _, loop = self.loop(precision)
+            iterator = loop.iterator(batch)
+            loop.advance(iterator, 2, Totals.START)  # traced here, while the model computes in this precision
+        assign(self._model.variables, before)
+        count = 1
+
+        def seconds() -> float:
+            nonlocal count
+            started = time.perf_counter()
+            loop.advance(iterator, count, Totals.START)
+            each = (time.perf_counter() - started) / count
+            count = max(1, int(SECONDS_PER_CALL / each))
+            assign(self._model.variables, before)
+            return each
+
+        return seconds
+
+
+def _rescale(options: TrainOptions, strategy: tf.distribute.Strategy, trace: Trace) -> TrainOptions:
+    made = rescaled(options, strategy.num_replicas_in_sync)
+    trace.tell(
+        f"{strategy.num_replicas_in_sync} replicas: batch {options.batch_size} becomes {made.batch_size}, "
+        f"learning rate {options.optimizer.learning_rate:g} becomes {made.optimizer.learning_rate:g}"
+    )
+    return made
 
 
 def _check(options: TrainOptions, batches: Batches, strategy: tf.distribute.Strategy, trace: Trace) -> int:
     """Returns the updates of one epoch."""
-    check_batch(options.batch_size, strategy.num_replicas_in_sync, _strategy_name(strategy))
+    replicas = strategy.num_replicas_in_sync
+    check_batch(options.batch_size, replicas, _strategy_name(strategy), accumulate=options.accumulate)
     steps = batches.steps_per_epoch(options.batch_size)
     if steps == 0:
         rows = batches.rows["train"]
@@ -113,151 +201,6 @@ def _strategy_name(strategy: tf.distribute.Strategy) -> str:
     return "mirrored" if isinstance(strategy, tf.distribute.MirroredStrategy) else "default"
 
 
-@dataclasses.dataclass
-class _Run:
-    """One training under way: what is fixed first, then what a checkpoint holds beside weights and optimizer."""
-
-    options: TrainOptions
-    model: keras.Model
-    optimizer: keras.optimizers.Optimizer
-    loop: Loop
-    batches: Batches
-    folder: pathlib.Path
-    steps: int
-    seed: int
-    trace: Trace
-    epoch: int = 0
-    history: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    best_epoch: int = 0
-    best: list[np.ndarray] = dataclasses.field(default_factory=list)
-
-    def resume(self) -> None:
-        """Takes up the newest whole checkpoint, if there is one."""
-        found = checkpoint.newest(self.folder, self.trace.warn)
-        if found is None:
-            return
-        _assign(self.model.variables, found.arrays["model"])
-        _assign(self.optimizer.variables, found.arrays["optimizer"])
-        self.epoch = found.epoch
-        self.history = found.facts["history"]
-        self.best_epoch = found.facts["best_epoch"]
-        self.best = found.arrays.get("best", [])
-
-    def to_the_end(self) -> None:
-        """Trains epoch by epoch, each followed by validation and a checkpoint, until the last or until patience ends."""
-        if self._over():
-            return
-        iterator = self.loop.iterator(self.batches.training(self.options.batch_size, self.seed, self.epoch))
-        while not self._over():
-            started = time.perf_counter()
-            row = self._train_epoch(iterator)
-            row["learning_rate"] = float(self.optimizer.learning_rate)
-            row["examples_per_second"] = self.steps * self.options.batch_size / (time.perf_counter() - started)
-            row |= {f"val_{name}": value for name, value in self._validate().items()}
-            row["seconds"] = time.perf_counter() - started
-            self.epoch += 1
-            for name, value in row.items():
-                self.history.setdefault(name, []).append(value)
-            self._trace_epoch(row)
-            self._keep(row)
-
-    def learned(self) -> dict[str, Any]:
-        """Facts of a training: those of the epoch whose weights are kept."""
-        at, names = self.best_epoch - 1, ("loss", _metric_name(self.batches))
-        return {
-            "train": {name: self.history[name][at] for name in names},
-            "validation": {name: self.history[f"val_{name}"][at] for name in names if "val_loss" in self.history},
-            "seconds": sum(self.history["seconds"]),
-        }
-
-    def taken_over(self) -> dict[str, Any]:
-        """Facts of a model that came trained. Says so where it is no better than a guess: it is fed in another way then."""
-        started = time.perf_counter()
-        found = self._validate()
-        classes = self.batches.spec.outputs
-        if found.get("accuracy", 1.0) < _GUESS / classes:
-            self.trace.warn(
-                f"The model answers {found['accuracy']:.4f} of the validation rows rightly, a guess among {classes} classes {1 / classes:.4f}: "
-                "it may be fed in another way than it was trained; see preprocess.pixels, preprocess.columns and the order of the labels."
-            )
-        return {"train": {}, "validation": found, "seconds": time.perf_counter() - started}
-
-    def _over(self) -> bool:
-        stopping = self.options.early_stopping
-        out_of_patience = stopping is not None and self.best and self.epoch - self.best_epoch >= stopping.patience
-        return bool(self.epoch >= self.options.epochs or out_of_patience)
-
-    def _train_epoch(self, iterator: Any) -> dict[str, float]:
-        done, updates, sums = 0, 1, Totals.START
-        while done < self.steps:
-            started = time.perf_counter()
-            updates = min(updates, self.steps - done)
-            sums = self.loop.advance(iterator, updates, sums)
-            done += updates
-            totals = Totals(self.batches.spec.task, sums)
-            if totals.finite_updates < done:
-                raise self._diverged(
-                    self.epoch + 1, "training loss", f"at step {totals.finite_updates + 1} of {self.steps}"
-                )
-            self._tell(done, totals)
-            updates = max(1, int(updates * _SECONDS_PER_CALL / (time.perf_counter() - started)))
-        return totals.named()
-
-    def _tell(self, done: int, totals: Totals) -> None:
-        note = f"epoch {self.epoch + 1}/{self.options.epochs} loss {totals.loss:.3f} {totals.metric_name} {totals.metric:.3f}"
-        if "val_loss" in self.history:
-            note += f" (validation {self.history[f'val_{totals.metric_name}'][-1]:.3f})"
-        self.trace.progress(self.epoch + done / self.steps, self.options.epochs, note)
-
-    def _validate(self) -> dict[str, float]:
-        if not self.batches.rows.get("validation", 0):
-            return {}
-        size = self.options.batch_size
-        count = math.ceil(self.batches.rows["validation"] / size)
-        totals = self.loop.evaluate(self.batches.ordered("validation", size), count)
-        if not math.isfinite(totals.loss):
-            raise self._diverged(self.epoch + 1, "validation loss", "after its last step")
-        return totals.named()
-
-    def _diverged(self, epoch: int, what: str, when: str) -> ModelError:
-        rate = self.options.optimizer.learning_rate
-        if not self.options.epochs:
-            return ModelError(
-                "train: the validation loss of the model that was given is not finite; feed it as it was trained (preprocess.pixels, preprocess.columns)."
-            )
-        return ModelError(
-            f"train: the {what} is not finite in epoch {epoch}, {when}; lower train.optimizer.learning_rate={rate:g} "
-            f"(try {rate / 10:g}), or look for extreme values in the data."
-        )
-
-    def _keep(self, row: dict[str, float]) -> None:
-        """Remembers the best weights and writes the checkpoint."""
-        weights = [variable.numpy() for variable in self.model.variables]
-        if not all(np.isfinite(each).all() for each in weights):
-            raise self._diverged(self.epoch, "model", "in its weights after the last step")
-        if self.options.early_stopping is None:
-            self.best_epoch = self.epoch
-        elif not self.best or row["val_loss"] < self.history["val_loss"][self.best_epoch - 1]:
-            self.best_epoch, self.best = self.epoch, weights
-        arrays = {"model": weights, "optimizer": [variable.numpy() for variable in self.optimizer.variables]}
-        if self.best:
-            arrays["best"] = self.best
-        Checkpoint(self.epoch, arrays, {"history": self.history, "best_epoch": self.best_epoch}).save(self.folder)
-
-    def _trace_epoch(self, row: dict[str, float]) -> None:
-        """Training and validation of one quantity stand side by side in TensorBoard."""
-        speed = {"learning_rate": "learning_rate", "seconds": "speed/epoch_seconds"}
-        speed["examples_per_second"] = "speed/examples_per_second"
-        for name, value in row.items():
-            split = "validation" if name.startswith("val_") else "train"
-            self.trace.scalar(speed.get(name) or f"{name.removeprefix('val_')}/{split}", value, self.epoch)
-
-
-def _assign(variables: list[Any], values: list[np.ndarray]) -> None:
-    for variable, value in zip(variables, values, strict=True):
-        variable.assign(value)
-
-
 def _trace_graph(trace: Trace, model: keras.Model) -> None:
     if trace.folder is None:
         return
@@ -265,26 +208,18 @@ def _trace_graph(trace: Trace, model: keras.Model) -> None:
     trace.graph(model.name, tf.function(lambda x: model(x, training=False)).get_concrete_function(spec))
 
 
-def _metric_name(batches: Batches) -> str:
-    return "accuracy" if batches.spec.task == "classification" else "rmse"
-
-
-def _finish(run: _Run, outputs: str, learned: dict[str, Any]) -> TrainedModel:
+def _finish(run: Training, facts: dict[str, Any]) -> TrainedModel:
     """Writes the files, the face last, and removes the checkpoints."""
     if run.best:
-        _assign(run.model.variables, run.best)
+        assign(run.model.variables, run.best)
     made = TrainedModel(run.folder)
     temporary = run.folder / ".model.keras"
-    run.model.save(temporary)
+    with contextlib.nullcontext() if run.best else run.averaged():  # the best weights are averages already
+        run.model.save(temporary)
     temporary.replace(made.file)
     write_json(run.folder / "history.json", run.history)
-    facts = {
-        "outputs": outputs,
-        "parameters": run.model.count_params(),
-        "epochs": run.epoch,
-        "best_epoch": run.best_epoch,
-        **learned,
-    }
-    write_json(run.folder / "trained.json", facts)
+    counts = {"parameters": run.model.count_params(), "epochs": run.epoch, "best_epoch": run.best_epoch}
+    write_json(run.folder / "trained.json", {**counts, **facts})
     checkpoint.remove(run.folder)
+    (run.folder / CHOICE).unlink(missing_ok=True)
     return made

@@ -13,7 +13,15 @@ import tensorflow as tf
 from components.artifacts import DataSpec, PreparedData, write_json
 from components.data import dataset
 from components.data.blocks import Layout, encode, write_blocks
-from components.data.dataset import batches, make_batches, parse, read, steps_per_epoch, training_batches
+from components.data.dataset import (
+    batches,
+    make_batches,
+    parse,
+    read,
+    rows_of_batch,
+    steps_per_epoch,
+    training_batches,
+)
 from components.data.transform import RANGES, Transform
 from components.errors import ConfigError, ContractError
 from components.options import Augmentation
@@ -214,6 +222,18 @@ def test_an_epoch_holds_each_row_at_most_once_with_its_own_label(table: Prepared
     inputs = Transform(TABLE_TRANSFORM).to_inputs(table_columns(100))
     for x, y in found:
         assert x.tobytes() == inputs[y[:, 0].astype(int)].tobytes()
+
+
+@WAYS
+def test_the_rows_of_a_batch_are_told_by_their_place_in_the_split(table: PreparedData, resident_bytes: int) -> None:
+    x, y = read(table, "train")
+    steps = steps_per_epoch(table, 16)
+    made = take(training_batches(table, batch_size=16, seed=1, resident_bytes=resident_bytes), 2 * steps)
+    for epoch, step in ((0, 0), (1, 0), (1, steps - 1)):
+        rows = rows_of_batch(table, batch_size=16, seed=1, epoch=epoch, step=step, resident_bytes=resident_bytes)
+        inputs, labels = made[epoch * steps + step]
+        np.testing.assert_array_equal(inputs, x[rows])
+        np.testing.assert_array_equal(labels, y[rows])
 
 
 @WAYS

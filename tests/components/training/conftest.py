@@ -30,8 +30,12 @@ def batches_of(spec: DataSpec, **splits: tuple[np.ndarray, np.ndarray]) -> Batch
     def ordered(split: str, batch_size: int) -> tf.data.Dataset:
         return tf.data.Dataset.from_tensor_slices(splits[split]).batch(batch_size)
 
+    def rows_of(batch_size: int, seed: int, epoch: int, step: int) -> np.ndarray:
+        order = np.random.default_rng([seed, epoch]).permutation(len(splits["train"][0]))
+        return order[step * batch_size : (step + 1) * batch_size]
+
     rows = {name: len(splits[name][0]) if name in splits else 0 for name in ("train", "validation")}
-    return Batches(spec=spec, training=training, ordered=ordered, rows=rows)
+    return Batches(spec=spec, training=training, ordered=ordered, rows=rows, rows_of=rows_of)
 
 
 @pytest.fixture

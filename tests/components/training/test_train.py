@@ -19,7 +19,7 @@ from components.tracing import Trace
 from components.training.loop import make_loss
 from components.training.model import build
 from components.training.optimizer import Schedule, make_optimizer
-from components.training.replicas import check_batch
+from components.training.replicas import check_batch, rescaled
 from components.training.train import train
 
 DEFAULT = tf.distribute.get_strategy()
@@ -106,7 +106,10 @@ def test_a_model_that_ends_in_softmax_trains_on_its_probabilities(pictures, tmp_
 def test_a_killed_training_started_again_ends_in_the_same_bits(pictures, tmp_path):
     model = ModelOptions(name="cnn", options={"filters": [8, 8], "dropout": 0.3})
     rates = {"name": "adamw", "learning_rate": 0.01, "weight_decay": 1e-3, "schedule": "cosine", "warmup_epochs": 1}
-    options = TrainOptions(epochs=5, batch_size=32, optimizer=rates, early_stopping={"patience": 4})
+    rates["ema"] = 0.9
+    options = TrainOptions(
+        epochs=5, batch_size=32, optimizer=rates, early_stopping={"patience": 4}, checkpoint_every="0.001s"
+    )
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     cut.mkdir()
     here = pathlib.Path(__file__).parent
@@ -114,10 +117,13 @@ def test_a_killed_training_started_again_ends_in_the_same_bits(pictures, tmp_pat
     command = [sys.executable, "-m", "killed", cut, "3.4", model.model_dump_json(), options.model_dump_json()]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert sorted(path.name for path in cut.iterdir()) == ["checkpoint-000002.npz", "checkpoint-000003.npz"]
-    newest = cut / "checkpoint-000003.npz"
-    newest.write_bytes(newest.read_bytes()[:-200])
-    (cut / ".checkpoint-000004.npz.123").write_bytes(b"half")
+    kept = sorted(path.name for path in cut.iterdir())
+    assert len(kept) == 3
+    assert kept[1:] == ["checkpoint-000000018", "checkpoint-000000019"]  # of 6 updates an epoch
+    newest = cut / kept[2]
+    shard = newest / "001.npz"
+    shard.write_bytes(shard.read_bytes()[:-200])
+    (cut / ".checkpoint-000000024.123").mkdir()
     said = []
     undisturbed = run(whole, options, pictures, model)
     resumed = run(cut, options, pictures, model, trace=Trace(on_warning=said.append))
@@ -195,6 +201,61 @@ def test_a_batch_that_does_not_divide_names_the_sizes_that_do(pictures, tmp_path
         check_batch(3, 8, "tpu")
 
 
+def test_the_rule_of_rescaling_is_carried_out_and_told(pictures, tmp_path, mirrored):
+    told = []
+    options = TrainOptions(epochs=2, batch_size=16, optimizer={"name": "sgd", "learning_rate": 0.05})
+    model = build(MLP, pictures.spec, seed=3)
+    (tmp_path / "two").mkdir()
+    two = train(
+        options, lambda: build(MLP, pictures.spec, seed=3), MLP, pictures, tmp_path / "two", strategy=mirrored, seed=3,
+        trace=Trace(on_telling=told.append), rescale=True,
+    )  # fmt: skip
+    assert told[0] == "2 replicas: batch 16 becomes 32, learning rate 0.05 becomes 0.1"
+    by_hand = options.model_copy(
+        update={"batch_size": 32, "optimizer": OptimizerOptions(name="sgd", learning_rate=0.1)}
+    )
+    one = run(tmp_path / "one", by_hand, pictures, MLP)
+    for a, b in zip(weights_of(one), weights_of(two), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert not np.allclose(weights_of(two)[0], model.get_weights()[0], atol=1e-3)
+
+
+def test_rates_of_adam_grow_by_the_square_root_of_the_replicas():
+    made = rescaled(TrainOptions(batch_size=64, optimizer={"name": "adam", "learning_rate": 0.001}), 4)
+    assert (made.batch_size, made.optimizer.learning_rate) == (256, 0.002)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_of_parts_add_up_to_those_of_the_batch(pictures, tmp_path):
+    rates = OptimizerOptions(name="sgd", learning_rate=0.1, momentum=0.9)
+    made = {}
+    for parts in (1, 4):
+        options = TrainOptions(epochs=2, batch_size=32, optimizer=rates, accumulate=parts)
+        model = ModelOptions(builder=f"{__file__}:regularized")
+        made[parts] = run(tmp_path / f"{parts}", options, pictures, model)
+    for a, b in zip(weights_of(made[1]), weights_of(made[4]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    np.testing.assert_allclose(history_of(made[1])["loss"], history_of(made[4])["loss"], rtol=1e-5)
+    np.testing.assert_allclose(history_of(made[1])["accuracy"], history_of(made[4])["accuracy"])
+
+
+def regularized(input_shape, outputs):
+    """An embedding, whose gradient is sparse, and a penalty."""
+    inputs = keras.Input(input_shape)
+    x = keras.layers.Flatten()(inputs)
+    x = keras.layers.Embedding(5, 3)(keras.ops.cast(x * 5, "int32"))
+    x = keras.layers.Flatten()(x)
+    return keras.Model(inputs, keras.layers.Dense(outputs, kernel_regularizer=keras.regularizers.L2(0.01))(x))
+
+
+def test_a_batch_that_does_not_divide_into_parts_is_refused(pictures, tmp_path):
+    message = r"train\.batch_size=30 must divide by train\.accumulate=4 \(remainder 2\): use 28 or 32\."
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, TrainOptions(batch_size=30, accumulate=4), pictures)
+
+
 # --- what stops a training -------------------------------------------------------------------------------------------
 
 
@@ -237,7 +298,7 @@ def test_a_loss_that_is_not_finite_stops_with_epoch_and_step(pictures, make_batc
     order = np.random.default_rng([3, 0]).permutation(50).tolist()
     step = order.index(7) // 5 + 1
     assert step > 1
-    message = rf"training loss is not finite in epoch 1, at step {step} of 10; lower train\.optimizer\.learning_rate=0\.001 \(try 0\.0001\)"
+    message = rf"training loss is not finite in epoch 1, at step {step} of 10 .*; lower train\.optimizer\.learning_rate=0\.001 \(try 0\.0001\)"
     with pytest.raises(ModelError, match=message):
         run(tmp_path, TrainOptions(epochs=2, batch_size=5), batches, ModelOptions(name="linear"))
 

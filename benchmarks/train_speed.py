@@ -1,0 +1,197 @@
+"""Examples per second in training: trimline as it is used, `keras.Model.fit` with its defaults, and PyTorch.
+
+    .venv/bin/python benchmarks/train_speed.py                       # resnet8 and mobilenet, some minutes on two cores
+    .venv/bin/python benchmarks/train_speed.py --models mlp          # the Adult table; TRIMLINE_DATA names its folder
+    .venv/bin/python benchmarks/train_speed.py --models resnet8 --torch PYTHON     # PYTHON has torch 2.13
+
+Pictures are 32 x 32 x 3, random, batch 128, Adam. trimline reads them from disk, through its own preprocessing and its
+whole training stage: updates and a checkpoint an epoch count. `fit` has float32 arrays in memory and compiles as
+`compile` does by default. Every figure comes from a process of its own, the ways take turns, the first epoch of each is
+not counted, and a ratio is that of the medians over the rounds; that of processor time holds on a busy machine too.
+
+Bars: resnet8 2.0x of fit (2.2x by processor time), mobilenet 1.5x, mlp 3x, resnet8 1.0x of PyTorch at its best setting
+(channels last, bfloat16, torch.compile).
+"""
+
+import argparse
+import json
+import logging
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+HERE = pathlib.Path(__file__).resolve().parent
+OUT = HERE / "out"
+BARS = {("resnet8", "fit"): (2.0, 2.2), ("mobilenet", "fit"): (1.5, None), ("mlp", "fit"): (3.0, None)}
+BARS[("resnet8", "torch")] = (1.0, None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--models", nargs="+", default=["resnet8", "mobilenet"], choices=("resnet8", "mobilenet", "mlp")
+    )
+    parser.add_argument("--rows", type=int, default=6400, help="pictures of an epoch")
+    parser.add_argument("--batch", type=int, default=128, help="for fit on mlp it is Keras's default, 32, unless given")
+    parser.add_argument("--epochs", type=int, default=4, help="per process; the first is not counted")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--torch", help="a Python interpreter that has torch")
+    parser.add_argument("--way", choices=("fit", "trimline"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.way:
+        print(json.dumps({"fit": by_hand, "trimline": through_trimline}[options.way](options)))
+        return
+    results = {}
+    for model in options.models:
+        with tempfile.TemporaryDirectory() as folder:
+            results[model] = compare(model, options, folder)
+    OUT.mkdir(exist_ok=True)
+    report = {"options": vars(options), "cores": os.cpu_count(), "results": results}
+    (OUT / "train_speed.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def compare(model: str, options: argparse.Namespace, folder: str) -> dict[str, Any]:
+    prepare(model, options.rows, pathlib.Path(folder))
+    ways = ["fit", "trimline"] + (["torch"] if options.torch and model == "resnet8" else [])
+    found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    for _ in range(options.rounds):
+        for way in ways:
+            found[way].append(measure(way, model, options, folder))
+    middle = {
+        way: {key: statistics.median(each[key] for each in all_) for key in ("wall", "processor")}
+        for way, all_ in found.items()
+    }
+    for way, each in middle.items():
+        print(
+            f"{model:9} {way:8} {1e6 / each['wall']:8.0f} examples/s   {each['processor']:7.1f} us of processor an example"
+        )
+    print(f"{'':9} trimline's precision: {', '.join(each['precision'] for each in found['trimline'])}")
+    for way in ways:
+        if way == "trimline":
+            continue
+        wall, processor = (middle[way][key] / middle["trimline"][key] for key in ("wall", "processor"))
+        bar, bar_processor = BARS[(model, way)]
+        verdict = "reached" if wall >= bar and processor >= (bar_processor or 0) else "MISSED"
+        more = f", {bar_processor} by processor time" if bar_processor else ""
+        print(
+            f"{model:9} {wall:.2f}x of {way}, {processor:.2f}x by processor time (bar {bar}{more}: {verdict})",
+            flush=True,
+        )
+    return {"us_per_example": middle, "all": found}
+
+
+def measure(way: str, model: str, options: argparse.Namespace, folder: str) -> dict[str, Any]:
+    if way == "torch":
+        updates = options.rows // options.batch * (options.epochs - 1)
+        command = [options.torch, str(HERE / "torch_resnet8.py"), f"--batch={options.batch}", f"--updates={updates}"]
+        said = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        return {"wall": said["seconds"] / options.batch * 1e6, "processor": said["processor"] / options.batch * 1e6}
+    command = [sys.executable, __file__, "--way", way, "--folder", folder, "--models", model]
+    command += [f"--batch={options.batch}", f"--epochs={options.epochs}"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def prepare(model: str, rows: int, folder: pathlib.Path) -> None:
+    import numpy as np
+
+    from components.data.preprocess import preprocess
+    from components.options import ArraysSource, PreprocessOptions
+    from components.tracing import Trace
+    from pipeline.config import load_config
+
+    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    (folder / "data").mkdir()
+    if model == "mlp":
+        config = load_config("adult")
+        source, options = config.source, config.preprocess
+    else:
+        rng = np.random.default_rng(0)
+        x, y = rng.integers(0, 256, (rows, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, rows)
+        np.savez(folder / "source.npz", x=x, y=y)
+        options = PreprocessOptions.model_validate({"splits": {"test": 0, "validation": 0, "calibration": 0}})
+        source = ArraysSource(kind="arrays", train=str(folder / "source.npz"))
+    preprocess(source, options, folder / "data", task="classification", seed=0, trace=Trace())
+
+
+def clocks() -> tuple[float, float]:
+    """Wall and processor time, seconds."""
+    return time.perf_counter(), time.process_time()
+
+
+def per_example(ends: list[tuple[float, float]], rows: int) -> dict[str, Any]:
+    """Microseconds by the clocks at the ends of epochs, the first of which is left out."""
+    epochs = [tuple(b - a for a, b in zip(*pair, strict=True)) for pair in zip(ends, ends[1:], strict=False)]
+    wall, processor = (statistics.median(each[place] for each in epochs) / rows * 1e6 for place in (0, 1))
+    return {"wall": wall, "processor": processor}
+
+
+def through_trimline(options: argparse.Namespace) -> dict[str, Any]:
+    import tensorflow as tf
+
+    from components.artifacts import PreparedData
+    from components.data.dataset import make_batches
+    from components.options import Augmentation, ModelOptions, TrainOptions
+    from components.tracing import Trace
+    from components.training import precision
+    from components.training.model import build
+    from components.training.train import train
+
+    precision.WORTH_MEASURING = 0  # a training that lasts measures; these are cut short
+    data = PreparedData(pathlib.Path(options.folder) / "data")
+    model = ModelOptions(name=options.models[0])
+    ends = []
+    with tempfile.TemporaryDirectory() as folder:
+        made = train(
+            TrainOptions(epochs=options.epochs, batch_size=options.batch),
+            lambda: build(model, data.spec, seed=0),
+            model,
+            make_batches(data, augmentation=Augmentation()),
+            pathlib.Path(folder),
+            strategy=tf.distribute.get_strategy(),
+            seed=0,
+            trace=Trace(on_progress=lambda done, total, note: ends.append(clocks()) if done == int(done) else None),
+        )
+        rows = data.rows("train") // options.batch * options.batch
+        return {**per_example(ends, rows), "precision": made.facts["precision"]}
+
+
+def by_hand(options: argparse.Namespace) -> dict[str, Any]:
+    import keras
+
+    from components.artifacts import PreparedData
+    from components.data.dataset import read
+    from components.options import ModelOptions
+    from components.training.model import build
+
+    data = PreparedData(pathlib.Path(options.folder) / "data")
+    x, y = read(data, "train")
+    model = build(ModelOptions(name=options.models[0]), data.spec, seed=0)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss, metrics=["accuracy"])
+    ends: list[tuple[float, float]] = []
+    told = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: ends.append(clocks()))
+    held_out = read(data, "validation") if data.rows("validation") else None
+    model.fit(
+        x,
+        y,
+        batch_size=options.batch,
+        epochs=options.epochs,
+        validation_data=held_out,
+        validation_batch_size=options.batch,
+        callbacks=[told],
+        verbose=0,
+    )
+    return per_example(ends, len(x))
+
+
+if __name__ == "__main__":
+    main()
