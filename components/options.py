@@ -253,6 +253,18 @@ class CompressDistillation(Distillation):
     )
 
 
+class PrivacyOptions(Options):
+    """Differentially private training: no single row can move the model far (Abadi et al. 2016, arXiv 1607.00133)."""
+
+    noise: Positive = Field(
+        description="Standard deviation of the noise on the sum of a batch's gradients, in units of `clip`."
+    )
+    clip: Positive = Field(1.0, description="Greatest norm of one example's gradient; longer ones are shortened to it.")
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Chance that the promise fails; null: a tenth of one over the rows of the training split."
+    )
+
+
 class TrainOptions(Options):
     """The base training."""
 
@@ -263,6 +275,7 @@ class TrainOptions(Options):
     label_smoothing: Fraction = 0.0
     augmentation: Augmentation = Augmentation()
     distill: TrainDistillation | None = None
+    privacy: PrivacyOptions | None = None
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = Field(
         "auto",
         description="What activations and gradients are computed in; weights stay float32. auto: float32, unless a long training "

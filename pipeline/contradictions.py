@@ -88,12 +88,53 @@ def _training_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
             f"train.optimizer.warmup_epochs must be below train.epochs={train.epochs}, got "
             f"{train.optimizer.warmup_epochs:g}; lower it.",
         )
+    if train.privacy is not None:
+        yield from _leaks(config)
     if train.early_stopping is not None and not config.preprocess.splits.validation:
         yield (
             ("train", "early_stopping"),
             "train.early_stopping must have a validation split, got preprocess.splits.validation=0; give it a share, "
             "for instance 0.1.",
         )
+
+
+def _leaks(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    """What would look at the rows again without train.privacy's care, and so break its promise."""
+    train = config.train
+    if train.precision == "mixed_float16":
+        yield (
+            ("train", "precision"),
+            "train.precision must not be mixed_float16 beside train.privacy, whose clipping its scaled loss would change; use "
+            "mixed_bfloat16 or float32.",
+        )
+    if train.distill is not None and train.distill.teacher_model is not None:
+        yield (
+            ("train", "distill", "teacher_model"),
+            "train.distill.teacher_model would learn from the rows without train.privacy, and the student from it; leave it out.",
+        )
+    if not train.epochs:
+        yield (
+            ("train", "privacy"),
+            "train.privacy is for a training, got train.epochs=0; leave it out, or give an epoch.",
+        )
+    if config.compress.recipes == AUTO:
+        yield (
+            ("compress", "recipes"),
+            "compress.recipes must be listed beside train.privacy, got auto: most of what it tries trains on the rows again; "
+            "list float32, float16, dynamic or int8.",
+        )
+        return
+    for index, text in enumerate(config.compress.recipes):
+        try:
+            recipe = parse_recipe(text, config.compress.strengths)
+        except ConfigError:
+            continue  # told elsewhere
+        if recipe.steps or recipe.format == RESCUE:
+            yield (
+                ("compress", "recipes", index),
+                f"compress.recipes must not train beside train.privacy, got '{text}', which trains on the rows again without noise; "
+                "keep to float32, float16, dynamic, int8 and other formats.",
+            )
 
 
 def _compression_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:

@@ -76,6 +76,7 @@ def write_results(
     name: str,
     select_options: Any,
     data: PreparedData,
+    training: Mapping[str, Any],
     measured: Mapping[str, dict[str, Any]],
     files: Mapping[str, str],
     failures: Mapping[str, str],
@@ -91,6 +92,7 @@ def write_results(
       name: The run.
       select_options: A `SelectOptions`.
       data: For the task and the number of examples.
+      training: What the base training left in `trained.json`.
       measured: Recipe -> its measurements, in the user's order.
       files: Recipe -> its `.tflite`, relative to the workspace.
       failures: Recipe -> why it was not.
@@ -117,6 +119,7 @@ def write_results(
         "metric": "accuracy" if spec.task == "classification" else "rmse",
         "examples": {split: data.rows(split) for split in data.manifest["splits"]},
         "environment": environment(),
+        "training": dict(training),
         "seconds": {step: round(value, 2) for step, value in seconds.items()},
         "variants": variants,
         "constraints": select_options.model_dump(),

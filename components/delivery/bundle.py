@@ -52,6 +52,7 @@ def bundle(
     *,
     run: str,
     selected_because: str,
+    privacy: Mapping[str, Any] | None = None,
     keras_outputs: Callable[[np.ndarray], np.ndarray] | None = None,
     batches: Batches | None = None,
     trace: Trace,
@@ -66,6 +67,7 @@ def bundle(
       folder: Exists; an earlier attempt is overwritten.
       run: Name of the run; names the model.
       selected_because: Why this variant, in words.
+      privacy: What the training promises to each row, None where it promises nothing.
       keras_outputs: The exported model as a function of float32 (n, *input_shape), for the skew gate; None leaves its
         seam unchecked, and the model card says so.
       batches: How training received its data, for the skew gate; None likewise.
@@ -81,6 +83,8 @@ def bundle(
     _check_measured(file, variant)
     golden = read_json(data.folder / "golden.json")[: options.golden]
     metadata = _metadata(variant, file, data, run, selected_because)
+    if privacy is not None:
+        metadata["privacy"] = dict(privacy)
     _write_parts(folder, file, data, metadata)
     trace.progress(1, 3, "skew gate")
     gate = skew_gate(

@@ -32,7 +32,9 @@ def model_card(metadata: Mapping[str, Any], gate: Mapping[str, Any], manifest: M
       manifest: Of the prepared data.
     """
     parts = (_what, _use, _data, _figures, _latency, _proof)
-    sections = [part(metadata, manifest) for part in parts] + [_gate(gate), _limits(metadata, gate)]
+    sections = [part(metadata, manifest) for part in parts]
+    sections += [_privacy(metadata["privacy"])] if "privacy" in metadata else []
+    sections += [_gate(gate), _limits(metadata, gate)]
     return "\n\n".join(sections) + "\n"
 
 
@@ -187,6 +189,16 @@ def _proof(metadata: Mapping[str, Any], _: Mapping[str, Any]) -> str:
         for each in metadata["untreated"]
     ]
     return "\n".join(lines)
+
+
+def _privacy(promised: Mapping[str, Any]) -> str:
+    return (
+        f"## Privacy\n\nTrained with differential privacy: epsilon {promised['epsilon']:.2f} at delta {promised['delta']:.2g}, by DP-SGD with "
+        f"noise {promised['noise']:g} and gradients of at most norm {promised['clip']:g}, {promised['updates']:,} updates of "
+        f"{promised['batch_size']} of {promised['rows']:,} rows. Accountant: {promised['accountant']}; the batches were shuffled, so this is the "
+        "usual approximation. Not counted: statistics of preprocessing and ranges of calibration, the choice among variants, and the raw "
+        "records in `golden.json`."
+    )
 
 
 def _gate(gate: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from components.artifacts import Task
 from components.distillation import Lesson
+from components.training.privacy import Privacy
 
 Tensor = Any  # tf.Tensor; TensorFlow ships no usable types
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -45,6 +46,14 @@ def _score(task: Task, y: Tensor, given: Tensor) -> Tensor:
     if task == "regression":
         return tf.reduce_sum(tf.square(given - tf.reshape(y, (-1, 1))), axis=1)
     return tf.cast(tf.equal(tf.argmax(given, axis=-1, output_type=tf.int32), tf.cast(y, tf.int32)), tf.float32)
+
+
+def _or_zeros(gradients: list[Tensor | None], variables: list[Any]) -> list[Tensor]:
+    """Dense gradients, zero for variables that the loss does not depend on."""
+    return [
+        tf.zeros(variable.shape, variable.dtype) if each is None else tf.convert_to_tensor(each)
+        for each, variable in zip(gradients, variables, strict=True)
+    ]
 
 
 class Totals:
@@ -83,6 +92,8 @@ class Loop:
         activations are held at a time; their gradients are averaged before the one update. Batch normalization sees a
         part at a time.
       xla: Compile the update with XLA.
+      privacy: Shortens the gradient of each example and adds noise; penalties on weights, which no example has a part
+        in, are left out of both.
     """
 
     def __init__(
@@ -95,6 +106,7 @@ class Loop:
         lesson: Lesson | None = None,
         accumulate: int = 1,
         xla: bool = False,
+        privacy: Privacy | None = None,
     ) -> None:
         self._model = model
         self._optimizer = optimizer
@@ -103,6 +115,7 @@ class Loop:
         self._strategy = strategy
         self._lesson = lesson
         self._accumulate = accumulate
+        self._privacy = privacy
         self._update = tf.function(self._train_step, jit_compile=True) if xla else self._train_step
         self._advance = tf.function(self._advance_steps, jit_compile=False)
         self._evaluate = tf.function(self._evaluate_batches, jit_compile=False)
@@ -136,9 +149,32 @@ class Loop:
 
     @tf.autograph.experimental.do_not_convert
     def _train_step(self, x: Tensor, y: Tensor) -> Tensor:
-        gradients, sums = self._gradients(x, y) if self._accumulate == 1 else self._averaged(x, y)
+        gradients, sums = self._share(x, y) if self._accumulate == 1 else self._averaged(x, y)
+        if self._privacy is not None:
+            replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+            gradients = self._privacy.noised(gradients, self._optimizer.iterations, replica)
         self._optimizer.apply(gradients, self._model.trainable_variables)
         return sums
+
+    def _share(self, x: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor]:
+        return self._gradients(x, y) if self._privacy is None else self._private(self._privacy, x, y)
+
+    def _private(self, privacy: Privacy, x: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor]:
+        """As `_gradients`, example by example; the sums are those of the batch."""
+        variables, replicas = self._model.trainable_variables, self._strategy.num_replicas_in_sync
+
+        def of_one(x: Tensor, y: Tensor) -> list[Tensor]:
+            with tf.GradientTape() as tape:
+                loss = self._loss(y, tf.cast(self._model(x, training=True), tf.float32))
+            return _or_zeros(tape.gradient(loss, variables), variables)
+
+        clipped = privacy.clipped(of_one, x, y)
+        with tf.GradientTape() as tape:
+            given = tf.cast(self._model(x, training=True), tf.float32)
+            extra = tf.add_n([tf.cast(loss, tf.float32) for loss in self._model.losses] or [tf.zeros(())])
+        pulls = _or_zeros(tape.gradient(extra, variables), variables)
+        gradients = [(one + two) / replicas for one, two in zip(clipped, pulls, strict=True)]
+        return gradients, self._sums(y, given, self._loss(y, given) + extra)
 
     def _gradients(self, x: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor]:
         """Of the loss by the trainable variables, as the optimizer wants them, and the sums of this share of a batch."""
@@ -162,7 +198,7 @@ class Loop:
         xs, ys = (tf.reshape(each, (parts, each.shape[0] // parts, *each.shape[1:])) for each in (x, y))
 
         def add(part: Tensor, total: list[Tensor], sums: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-            gradients, more = self._gradients(xs[part], ys[part])
+            gradients, more = self._share(xs[part], ys[part])
             total = [
                 before if each is None else before + tf.convert_to_tensor(each) / parts
                 for before, each in zip(total, gradients, strict=True)

@@ -98,6 +98,8 @@ def choose(
     if kind == "TPU":
         return Choice(BFLOAT16, "what a TPU multiplies in")
     others = [each for each in candidates(kind) if _between_the_ends(model, kind)]
+    if options.privacy is not None and FLOAT16 in others:
+        others.remove(FLOAT16)  # its scaled loss would be clipped at another norm
     if not others:
         return Choice(FLOAT32, "nothing to compute in another precision here")
     # Three times the forward pass: one for it, two for both gradients.

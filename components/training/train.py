@@ -30,6 +30,7 @@ from components.training.loop import Loop, Totals, make_loss
 from components.training.model import outputs_of
 from components.training.optimizer import make_optimizer
 from components.training.precision import CHOICE, FLOAT16, Choice, choose, computed_in, kind_of
+from components.training.privacy import KEY, Privacy, check_private, noise_key, promise
 from components.training.rematerialize import rematerialized
 from components.training.replicas import check_batch, rescaled
 
@@ -63,7 +64,8 @@ def train(
 
     Returns:
       The folder's artifact. Its facts: outputs, parameters, epochs, best_epoch (whose weights these are; 1 is the
-      first, 0 are those that the model came with), precision, train and validation {"loss", "accuracy" | "rmse"}, seconds.
+      first, 0 are those that the model came with), precision, train and validation {"loss", "accuracy" | "rmse"}, seconds,
+      and privacy (see `promise`) where `options.privacy` asks for it.
 
     Raises:
       ConfigError: The batch does not divide by the replicas or exceeds the training split; an optimizer option is wrong.
@@ -82,13 +84,17 @@ def train(
             raise ModelError(
                 f"model '{model.name}' has no trainable weights; set layer.trainable = True on some layer."
             )
+        promised = {}
+        if options.privacy is not None:
+            check_private(model)
+            promised = {"privacy": _promise(options, steps, batches, trace)}
         fused = stack.enter_context(fused_normalization(model))
         if options.rematerialize:
             again = stack.enter_context(rematerialized(model))
             trace.tell(
                 f"rematerialized: {len(again)} layers, {', '.join(again[:5])}{', ...' if len(again) > 5 else ''}"
             )
-        make = _Maker(options, model, batches, strategy, steps, outputs, lesson, seed)
+        make = _Maker(options, model, batches, strategy, steps, outputs, lesson, seed, folder)
         chosen = Choice("float32", "nothing is trained")
         if options.epochs:
             examples = options.epochs * steps * options.batch_size
@@ -103,7 +109,7 @@ def train(
         _trace_graph(trace, model)
         run.to_the_end()
         learned = run.learned() if options.epochs else run.taken_over()
-    return _finish(run, {"outputs": outputs, "precision": chosen.precision, **learned})
+    return _finish(run, {"outputs": outputs, "precision": chosen.precision, **learned, **promised})
 
 
 class _Maker:
@@ -119,11 +125,16 @@ class _Maker:
         outputs: Any,
         lesson: Lesson | None,
         seed: int,
+        folder: pathlib.Path,
     ) -> None:
         self.kind = kind_of(strategy)
         self._options, self._model, self._batches, self._strategy = options, model, batches, strategy
         self._steps, self._lesson, self._seed = steps, lesson, seed
         self._loss = make_loss(batches.spec.task, outputs, options.label_smoothing)
+        self._privacy = None
+        if options.privacy is not None:
+            replicas = strategy.num_replicas_in_sync
+            self._privacy = Privacy(options.privacy, options.batch_size, replicas, noise_key(folder))
 
     def loop(self, precision: str) -> tuple[keras.optimizers.Optimizer, Loop]:
         """An optimizer that made no update yet, and the loop that uses it."""
@@ -142,6 +153,7 @@ class _Maker:
             self._lesson,
             accumulate=options.accumulate,
             xla=self.kind != "CPU" if options.xla == "auto" else options.xla,
+            privacy=self._privacy,
         )
         return optimizer, loop
 
@@ -201,6 +213,20 @@ def _strategy_name(strategy: tf.distribute.Strategy) -> str:
     return "mirrored" if isinstance(strategy, tf.distribute.MirroredStrategy) else "default"
 
 
+def _promise(options: TrainOptions, steps: int, batches: Batches, trace: Trace) -> dict[str, Any]:
+    assert options.privacy is not None
+    made = promise(
+        options.privacy,
+        rows=batches.rows["train"],
+        batch_size=options.batch_size,
+        updates=options.epochs * steps,
+    )
+    trace.tell(
+        f"privacy: epsilon {made['epsilon']:.2f} at delta {made['delta']:.2g} after all {made['updates']} updates"
+    )
+    return made
+
+
 def _trace_graph(trace: Trace, model: keras.Model) -> None:
     if trace.folder is None:
         return
@@ -221,5 +247,6 @@ def _finish(run: Training, facts: dict[str, Any]) -> TrainedModel:
     counts = {"parameters": run.model.count_params(), "epochs": run.epoch, "best_epoch": run.best_epoch}
     write_json(run.folder / "trained.json", {**counts, **facts})
     checkpoint.remove(run.folder)
-    (run.folder / CHOICE).unlink(missing_ok=True)
+    for name in (CHOICE, KEY):
+        (run.folder / name).unlink(missing_ok=True)
     return made

@@ -154,6 +154,17 @@ def test_the_card_says_which_seams_nobody_checked(made, tmp_path):
     assert "The skew gate left seams unchecked" in card
 
 
+def test_the_card_says_what_the_training_promises_and_what_it_does_not(made, tmp_path):
+    promised = {"epsilon": 3.217, "delta": 1e-5, "noise": 1.1, "clip": 0.5, "batch_size": 64, "rows": 5000}
+    folder = made("table").bundle(tmp_path / "b", privacy={**promised, "updates": 1200, "accountant": "an accountant"})
+    card = (folder / "model_card.md").read_text()
+    assert (
+        "epsilon 3.22 at delta 1e-05, by DP-SGD with noise 1.1 and gradients of at most norm 0.5, 1,200 updates" in card
+    )
+    assert "Not counted: statistics of preprocessing" in card
+    assert "## Privacy" not in (made("table").bundle(tmp_path / "plain") / "model_card.md").read_text()
+
+
 def test_a_recipe_is_said_in_words():
     assert in_words("prune@0.8+cluster@16+qat", "int8") == (
         "magnitude pruning to a sparsity of 0.8, then weight clustering, 16 distinct weights a layer, "
