@@ -4,7 +4,7 @@
     .venv/bin/python benchmarks/train_speed.py --models mlp          # the Adult table; TRIMLINE_DATA names its folder
     .venv/bin/python benchmarks/train_speed.py --models resnet8 --torch PYTHON     # PYTHON has torch 2.13
 
-Pictures are 32 x 32 x 3, random, batch 128, Adam. trimline reads them from disk, through its own preprocessing and its
+Pictures are 32 x 32 x 3, random, batch 128; the table comes in fit's default batches of 32; Adam. trimline reads them from disk, through its own preprocessing and its
 whole training stage: updates and a checkpoint an epoch count. `fit` has float32 arrays in memory and compiles as
 `compile` does by default. Every figure comes from a process of its own, the ways take turns, the first epoch of each is
 not counted, and a ratio is that of the medians over the rounds; that of processor time holds on a busy machine too.
@@ -39,18 +39,20 @@ def main() -> None:
         "--models", nargs="+", default=["resnet8", "mobilenet"], choices=("resnet8", "mobilenet", "mlp")
     )
     parser.add_argument("--rows", type=int, default=6400, help="pictures of an epoch")
-    parser.add_argument("--batch", type=int, default=128, help="for fit on mlp it is Keras's default, 32, unless given")
+    parser.add_argument("--batch", type=int, help="default: 128, for mlp 32, which is that of fit")
     parser.add_argument("--epochs", type=int, default=4, help="per process; the first is not counted")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--torch", help="a Python interpreter that has torch")
     parser.add_argument("--way", choices=("fit", "trimline"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    given = options.batch
     if options.way:
         print(json.dumps({"fit": by_hand, "trimline": through_trimline}[options.way](options)))
         return
     results = {}
     for model in options.models:
+        options.batch = given or (32 if model == "mlp" else 128)
         with tempfile.TemporaryDirectory() as folder:
             results[model] = compare(model, options, folder)
     OUT.mkdir(exist_ok=True)

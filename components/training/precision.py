@@ -39,7 +39,7 @@ class Choice:
     Attributes:
       precision: 'float32', 'mixed_bfloat16' or 'mixed_float16'.
       reason: For the user, without a full stop.
-      milliseconds: Per update by precision, where it was measured.
+      milliseconds: Per update by precision, where it was measured; of processor time on a CPU.
     """
 
     precision: str
@@ -90,7 +90,8 @@ def choose(
       model: Built.
       examples: That the whole training shows to it.
       kind: 'CPU', 'GPU' or 'TPU'.
-      timers: Precision -> a function that makes some updates and returns seconds per update.
+      timers: Precision -> a function that makes some updates and returns seconds per update, on a CPU of its processor's
+        time.
       folder: Of the training.
     """
     if options.precision != "auto":
