@@ -291,6 +291,9 @@ class TrainOptions(Options):
         False,
         description="Compute activations inside layers again for the gradient rather than keep them: less memory, more time.",
     )
+    profile: tuple[Count, Count] | None = Field(
+        None, description="First and last update that TensorBoard's profiler watches; 1 is the first of the training."
+    )
     checkpoint_every: Duration = Field(
         "5m", description="Longest time between two checkpoints, as 90s, 30m or 2h; each epoch ends in one too."
     )

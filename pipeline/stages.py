@@ -365,7 +365,7 @@ JOURNEY = (
         lambda config, _: {
             "model": config.model.model_dump(),
             "train": {
-                **config.train.model_dump(exclude={"checkpoint_every"}),  # how it is cut changes no bit
+                **config.train.model_dump(exclude={"checkpoint_every", "profile"}),  # they change no bit
                 "distill": _distill_facts(config.train.distill),
             },
             "strategy": config.strategy.model_dump(),

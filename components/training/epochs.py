@@ -20,6 +20,7 @@ from components.options import TrainOptions
 from components.tracing import Trace
 from components.training import checkpoint
 from components.training.checkpoint import Checkpoint
+from components.training.insight import Profiler, insight, peak_memory
 from components.training.loop import Loop, Totals
 from components.training.stop import Stop
 
@@ -58,6 +59,9 @@ class Training:
     best: list[np.ndarray] = dataclasses.field(default_factory=list)
     saved_at: float = dataclasses.field(default_factory=time.monotonic)
 
+    def __post_init__(self) -> None:
+        self._profiler = Profiler(self.options.profile, self.trace.folder)
+
     def resume(self) -> None:
         """Takes up the newest whole checkpoint, if there is one."""
         found = checkpoint.newest(self.folder, self.trace.warn)
@@ -91,6 +95,8 @@ class Training:
             except _Asked:  # a second signal is no _Asked: it may come in the middle of an update
                 self.save()
                 raise
+            finally:
+                self._profiler.close()
 
     def learned(self) -> dict[str, Any]:
         """Facts of a training: those of the epoch whose weights are kept."""
@@ -99,6 +105,7 @@ class Training:
             "train": {name: self.history[name][at] for name in names},
             "validation": {name: self.history[f"val_{name}"][at] for name in names if "val_loss" in self.history},
             "seconds": sum(self.history["seconds"]),
+            "speed": insight(self.history, self.options.batch_size, peak_memory()),
         }
 
     def taken_over(self) -> dict[str, Any]:
@@ -158,18 +165,29 @@ class Training:
         row = self._train_epoch(iterator, stop)
         row["learning_rate"] = float(self.optimizer.learning_rate)
         row["examples_per_second"] = self.steps * self.options.batch_size / self.seconds
+        row["waiting_share"] = Totals(self.batches.spec.task, self.sums).waited / self.seconds
         with self.averaged():
             row |= {f"val_{name}": value for name, value in self._validate(stop).items()}
             row["seconds"] = self.seconds
             self._remember(row)
         self._trace_epoch(row)
 
-    def _in_calls(self, total: int, stop: Stop, call: Callable[[int], None], done: int = 0) -> None:
-        """Does `total` things in calls of about SECONDS_PER_CALL; `call` is told how many to do next."""
+    def _in_calls(
+        self,
+        total: int,
+        stop: Stop,
+        call: Callable[[int], None],
+        done: int = 0,
+        most: Callable[[int, int], int] = lambda done, count: count,
+    ) -> None:
+        """Does `total` things in calls of about SECONDS_PER_CALL; `call` is told how many to do next.
+
+        `most` may lower that number; it is asked with what is done since the training began.
+        """
         count = 1
         while done < total:
             started = time.perf_counter()
-            count = min(count, total - done)
+            count = most(self.epoch * self.steps + done, min(count, total - done))
             call(count)
             done += count
             taken = time.perf_counter() - started
@@ -182,8 +200,11 @@ class Training:
         often = in_seconds(self.options.checkpoint_every)
 
         def advance(updates: int) -> None:
+            before = self.epoch * self.steps + self.done
+            self._profiler.at(before)
             self.sums = self.loop.advance(iterator, updates, self.sums)
             self.done += updates
+            self._profiler.at(before + updates)
             totals = Totals(self.batches.spec.task, self.sums)
             if totals.finite_updates < self.done:
                 raise self._diverged("training loss", totals.finite_updates)
@@ -192,7 +213,7 @@ class Training:
                 self._refuse_infinite_weights()
                 self.save()
 
-        self._in_calls(self.steps, stop, advance, self.done)
+        self._in_calls(self.steps, stop, advance, self.done, self._profiler.most)
         return Totals(self.batches.spec.task, self.sums).named()
 
     def _tell(self, totals: Totals) -> None:
@@ -264,10 +285,12 @@ class Training:
     def _trace_epoch(self, row: dict[str, float]) -> None:
         """Training and validation of one quantity stand side by side in TensorBoard."""
         speed = {"learning_rate": "learning_rate", "seconds": "speed/epoch_seconds"}
-        speed["examples_per_second"] = "speed/examples_per_second"
+        speed |= {name: f"speed/{name}" for name in ("examples_per_second", "waiting_share")}
         for name, value in row.items():
             split = "validation" if name.startswith("val_") else "train"
             self.trace.scalar(speed.get(name) or f"{name.removeprefix('val_')}/{split}", value, self.epoch)
+        self.trace.scalar("speed/update_ms", 1e3 * self.options.batch_size / row["examples_per_second"], self.epoch)
+        self.trace.scalar("speed/memory_bytes", peak_memory(), self.epoch)
 
     @property
     def _metric_name(self) -> str:

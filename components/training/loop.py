@@ -57,9 +57,11 @@ def _or_zeros(gradients: list[Tensor | None], variables: list[Any]) -> list[Tens
 
 
 class Totals:
-    """Running sums of a pass over data, as four float64 numbers that live on the device: see `START`."""
+    """Running sums of a pass over data, as five float64 numbers that live on the device: see `START`."""
 
-    START = np.zeros(4)  # loss summed over examples, metric summed over examples, examples, updates with a finite loss
+    # Loss summed over examples, metric summed over examples, examples, updates with a finite loss, seconds that updates
+    # waited for their batch.
+    START = np.zeros(5)
 
     def __init__(self, task: Task, values: np.ndarray) -> None:
         self._task = task
@@ -67,6 +69,7 @@ class Totals:
         mean = float(values[1] / values[2])
         self.metric = mean if task == "classification" else mean**0.5 if mean >= 0 else float("nan")
         self.finite_updates = int(values[3])
+        self.waited = float(values[4])
 
     @property
     def metric_name(self) -> str:
@@ -136,15 +139,20 @@ class Loop:
 
     def _advance_steps(self, iterator: Any, updates: Tensor, totals: Tensor) -> Tensor:
         for _ in tf.range(updates):
-            sums = self._summed(self._strategy.run(self._update, args=next(iterator)))
+            asked = tf.timestamp()
+            with tf.control_dependencies([asked]):
+                batch = next(iterator)
+            with tf.control_dependencies(tf.nest.flatten(self._strategy.experimental_local_results(batch))):
+                waited = tf.timestamp() - asked
+            sums = self._summed(self._strategy.run(self._update, args=batch))
             finite = tf.cast(tf.math.is_finite(totals[0] + sums[0]), tf.float64)
-            totals = totals + tf.concat([sums, [finite]], 0)
+            totals = totals + tf.concat([sums, [finite, waited]], 0)
         return totals
 
     def _evaluate_batches(self, iterator: Any, batches: Tensor, totals: Tensor) -> Tensor:
         for _ in tf.range(batches):
             sums = self._summed(self._strategy.run(self._test_step, args=next(iterator)))
-            totals = totals + tf.concat([sums, [0.0]], 0)
+            totals = totals + tf.concat([sums, [0.0, 0.0]], 0)
         return totals
 
     @tf.autograph.experimental.do_not_convert

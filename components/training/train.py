@@ -26,6 +26,7 @@ from components.tracing import Trace
 from components.training import checkpoint
 from components.training.epochs import SECONDS_PER_CALL, Training, assign
 from components.training.fused import fused_normalization
+from components.training.insight import in_words
 from components.training.loop import Loop, Totals, make_loss
 from components.training.model import outputs_of
 from components.training.optimizer import make_optimizer
@@ -109,6 +110,8 @@ def train(
         _trace_graph(trace, model)
         run.to_the_end()
         learned = run.learned() if options.epochs else run.taken_over()
+        if "speed" in learned:
+            trace.tell(in_words(learned["speed"]))
     return _finish(run, {"outputs": outputs, "precision": chosen.precision, **learned, **promised})
 
 
