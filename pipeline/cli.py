@@ -112,6 +112,24 @@ def _walk(config: Config, until: str | None, force: list[str], as_json: bool) ->
         raise ConstraintError(results.data["selected_because"])
 
 
+@app.command("find-rate")
+def find_rate(config: ConfigPath, overrides: Sets = []) -> None:  # noqa: B006 - typer copies it
+    """Try rising learning rates on a fresh model and suggest one, with a picture. Changes nothing of a run."""
+    from pipeline import find_rate as beside
+    from pipeline.config import load_config
+    from pipeline.runner import LOG, run_folder
+
+    with _errors():
+        loaded = load_config(config, overrides)
+        with _screen(run_folder(loaded) / LOG, show=True) as screen:
+            found, picture = beside.find_rate(loaded, screen)
+        print(
+            f"Loss is lowest at a rate of {found.at_lowest:.2g}; suggested: --set train.optimizer.learning_rate={found.suggested:.2g}"
+        )
+        print(f"Configured:   {loaded.train.optimizer.learning_rate:.2g}")
+        print(f"Picture:      {picture}")
+
+
 @app.command()
 def plan(config: ConfigPath, overrides: Sets = [], as_json: AsJson = False) -> None:  # noqa: B006 - typer copies it
     """Show what would run, what is in the store already, and what looks wrong. Trains nothing."""

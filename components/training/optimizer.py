@@ -65,12 +65,12 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
 
 
 def make_optimizer(
-    options: OptimizerOptions, steps_per_epoch: int, epochs: int, *, scaled: bool = False
+    options: OptimizerOptions, steps_per_epoch: int, epochs: int, *, scaled: bool = False, rate: Any = None
 ) -> keras.optimizers.Optimizer:
     """Makes the optimizer; decay leaves biases and normalization alone, as it regularises kernels only.
 
-    SGD: w -= rate * g, with momentum v = momentum * v - rate * g. Adam: Kingma and Ba 2015 (arXiv 1412.6980), epsilon
-    1e-7. AdamW: Loshchilov and Hutter 2019 (arXiv 1711.05101), w -= rate * weight_decay * w beside Adam's update.
+    SGD: w -= rate * g, with momentum v = momentum * v - rate * g. Adam: Kingma and Ba 2015 (arXiv 1412.6980), their
+    epsilon hat 1e-7. AdamW: Loshchilov and Hutter 2019 (arXiv 1711.05101), w -= rate * weight_decay * w beside Adam's update.
 
     Args:
       options: Algorithm and rates.
@@ -78,12 +78,13 @@ def make_optimizer(
       epochs: Length of the training.
       scaled: Multiply the loss by a factor that follows the gradients' range, and leave out updates that overflow
         (Micikevicius et al. 2018, arXiv 1710.03740): float16 would lose small gradients.
+      rate: Another schedule in the place of the options'.
 
     Raises:
       ConfigError: An option that this optimizer does not have, or a warm-up as long as the training.
     """
     _check(options, epochs)
-    rate = Schedule(options, steps_per_epoch, epochs)
+    rate = Schedule(options, steps_per_epoch, epochs) if rate is None else rate
     decay = options.weight_decay or None
     average = {"use_ema": options.ema is not None, "ema_momentum": options.ema or 0.99}
     optimizer: keras.optimizers.Optimizer

@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 import yaml
 
-COMMANDS = ["run", "compress", "plan", "init", "inspect", "verify", "predict", "tensorboard", "schema"]
+COMMANDS = ["run", "compress", "find-rate", "plan", "init", "inspect", "verify", "predict", "tensorboard", "schema"]
 
 
 def trimline(*arguments, folder):
