@@ -207,6 +207,10 @@ class StrategyOptions(Options):
 
     name: Literal["default", "mirrored", "multi_worker", "tpu"] = "default"
     devices: Count | None = Field(None, description="mirrored: how many; null takes all.")
+    tpu: str | None = Field(
+        None,
+        description="tpu: name of a Cloud TPU, or local on a TPU VM; null: TPU_NAME from the environment, else local.",
+    )
     rescale: bool = Field(
         False,
         description="Multiply train.batch_size by the number of replicas, and the learning rate with it: by the number for sgd, "

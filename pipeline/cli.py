@@ -130,6 +130,49 @@ def find_rate(config: ConfigPath, overrides: Sets = []) -> None:  # noqa: B006 -
         print(f"Picture:      {picture}")
 
 
+tpu_app = typer.Typer(
+    help="What can be said about a training on TPUs without one.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(tpu_app, name="tpu")
+
+
+@tpu_app.command("check")
+def tpu_check(
+    config: ConfigPath,
+    target: Annotated[
+        str, typer.Option(metavar="KIND:TOPOLOGY", help="Slice: v5e:2x2, v6e:2x2, v4:2x2x1, ...")
+    ] = "v5e:2x2",
+    lint_only: Annotated[bool, typer.Option("--lint-only", help="Do not compile; needs no libtpu.")] = False,
+    python: Annotated[
+        str | None,
+        typer.Option(help="An interpreter that has the extra tpu-check (jax, jaxlib, libtpu); by default this one."),
+    ] = None,
+    limit: Annotated[float, typer.Option(metavar="SECONDS", help="Time for the compiler.")] = 600.0,
+    overrides: Sets = [],  # noqa: B006 - typer copies it
+) -> None:
+    """Look for what a TPU would refuse in the update that CONFIG trains with, then compile it with the real XLA:TPU compiler."""
+    from components.errors import ModelError
+    from pipeline.config import load_config
+    from pipeline.runner import run_folder
+    from pipeline.tpu_check import UNPROVEN
+    from pipeline.tpu_check import tpu_check as check
+
+    with _errors():
+        loaded = load_config(config, overrides)
+        with _screen(run_folder(loaded) / "tpu.log", show=False):
+            findings, verdict = check(
+                loaded, target, compile=not lint_only, python=python or sys.executable, limit=limit
+            )
+        for finding in findings:
+            print(finding)
+        print(f"lint: {len(findings)} findings in the update for a device of {target}")
+        if verdict is not None:
+            print(verdict)
+            print(UNPROVEN)
+        if (verdict is not None and verdict.refusal) or any(each.level == "error" for each in findings):
+            raise ModelError(f"tpu check: a device of {target} would not take the update; see above.")
+
+
 @app.command()
 def plan(config: ConfigPath, overrides: Sets = [], as_json: AsJson = False) -> None:  # noqa: B006 - typer copies it
     """Show what would run, what is in the store already, and what looks wrong. Trains nothing."""

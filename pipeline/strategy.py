@@ -1,12 +1,13 @@
 """Strategy: the name in the configuration becomes the `tf.distribute` strategy that training runs under.
 
-`default` and `mirrored` run; `multi_worker` and `tpu` are names that the configuration reserves. TensorFlow is imported
+`default`, `mirrored` and `tpu` run; `multi_worker` is a name that the configuration reserves. TensorFlow is imported
 when a strategy is made, not before, so that `plan` can check the rules in milliseconds.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from typing import TYPE_CHECKING
 
 from components.errors import ConfigError
@@ -25,16 +26,20 @@ def check_strategy(options: StrategyOptions, batch_size: int, accumulate: int = 
     Raises:
       ConfigError: The name is reserved, `devices` means nothing here, or the global batch does not divide.
     """
-    if options.name in ("multi_worker", "tpu"):
+    if options.tpu is not None and options.name != "tpu":
+        raise ConfigError(
+            f"strategy.tpu={options.tpu} applies to tpu, got strategy.name={options.name}; set strategy.name=tpu, or drop strategy.tpu."
+        )
+    if options.name == "multi_worker":
         raise ConfigError(
             f"strategy.name={options.name} is reserved, this version trains on one machine: use mirrored or default."
         )
     if options.devices is None:
         check_batch(batch_size, 1, options.name, accumulate=accumulate)
         return
-    if options.name == "default":
+    if options.name in ("default", "tpu"):
         raise ConfigError(
-            f"strategy.devices={options.devices} applies to mirrored, got strategy.name=default; set strategy.name=mirrored, or drop strategy.devices."
+            f"strategy.devices={options.devices} applies to mirrored, got strategy.name={options.name}; set strategy.name=mirrored, or drop strategy.devices."
         )
     check_batch(batch_size, options.devices, options.name, accumulate=accumulate)
 
@@ -42,7 +47,7 @@ def check_strategy(options: StrategyOptions, batch_size: int, accumulate: int = 
 def make_strategy(options: StrategyOptions) -> tf.distribute.Strategy:
     """Makes the strategy that `options` name.
 
-    `mirrored` copies the model to each GPU, or, where there is none, to each logical CPU device, and sums the gradients
+    `tpu` connects to the TPU that `options.tpu` or the environment names; see `tpu.resolve`. `mirrored` copies the model to each GPU, or, where there is none, to each logical CPU device, and sums the gradients
     of their shares of the batch.
 
     Raises:
@@ -53,7 +58,21 @@ def make_strategy(options: StrategyOptions) -> tf.distribute.Strategy:
 
     if options.name == "default":
         return tf.distribute.get_strategy()
+    if options.name == "tpu":
+        return _tpu(options.tpu)
     return _mirrored(tuple(_devices(options.devices)))
+
+
+@functools.cache
+def _tpu(name: str | None) -> tf.distribute.Strategy:
+    """One per process: to initialise a TPU again forgets what is on it."""
+    from tpu.errors import TpuError
+    from tpu.resolve import make_tpu_strategy
+
+    try:
+        return make_tpu_strategy(name, dict(os.environ))
+    except TpuError as error:
+        raise ConfigError(str(error)) from error
 
 
 @functools.cache

@@ -155,6 +155,11 @@ class Loop:
             totals = totals + tf.concat([sums, [0.0, 0.0]], 0)
         return totals
 
+    @property
+    def update(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """One update of one replica: (inputs, labels) of its share of a batch -> float32 (3,), the first of `Totals`."""
+        return self._train_step
+
     @tf.autograph.experimental.do_not_convert
     def _train_step(self, x: Tensor, y: Tensor) -> Tensor:
         gradients, sums = self._share(x, y) if self._accumulate == 1 else self._averaged(x, y)
@@ -214,7 +219,7 @@ class Loop:
             return part + 1, total, sums + more
 
         zeros = [tf.zeros(variable.shape, variable.dtype) for variable in self._model.trainable_variables]
-        start = (tf.constant(0), zeros, tf.zeros(3, tf.float64))
+        start = (tf.constant(0), zeros, tf.zeros(3))
         # One at a time: in parallel they would need the memory that cutting is there to save.
         _, total, sums = tf.while_loop(lambda part, *_: part < parts, add, start, parallel_iterations=1)
         return total, sums
@@ -226,7 +231,8 @@ class Loop:
 
     def _sums(self, y: Tensor, given: Tensor, each: Tensor) -> Tensor:
         score = _score(self._task, y, given)
-        return tf.stack([tf.reduce_sum(tf.cast(part, tf.float64)) for part in (each, score, tf.ones_like(each))])
+        # float32 within a batch: a TPU has nothing wider, and nothing is lost. Over batches they add up in float64.
+        return tf.stack([tf.reduce_sum(tf.cast(part, tf.float32)) for part in (each, score, tf.ones_like(each))])
 
     def _summed(self, per_replica: Any) -> Tensor:
-        return self._strategy.reduce(tf.distribute.ReduceOp.SUM, per_replica, axis=None)
+        return tf.cast(self._strategy.reduce(tf.distribute.ReduceOp.SUM, per_replica, axis=None), tf.float64)

@@ -217,7 +217,8 @@ def _check(options: TrainOptions, batches: Batches, strategy: tf.distribute.Stra
 
 
 def _strategy_name(strategy: tf.distribute.Strategy) -> str:
-    return "mirrored" if isinstance(strategy, tf.distribute.MirroredStrategy) else "default"
+    kinds = {"mirrored": tf.distribute.MirroredStrategy, "tpu": tf.distribute.TPUStrategy}
+    return next((name for name, kind in kinds.items() if isinstance(strategy, kind)), "default")
 
 
 def _promise(options: TrainOptions, steps: int, batches: Batches, trace: Trace) -> dict[str, Any]:

@@ -5,10 +5,17 @@ import pytest
 
 from components.errors import ConfigError
 from components.options import StrategyOptions
-from pipeline.strategy import check_strategy
+from pipeline.strategy import check_strategy, make_strategy
 
 
-@pytest.mark.parametrize("name", ["multi_worker", "tpu"])
+def test_a_tpu_that_is_not_there_is_an_error_of_the_configuration():
+    with pytest.raises(ConfigError, match=r"strategy\.tpu=local: no TPU was found, .* docs/tpu\.md has the set-up"):
+        make_strategy(StrategyOptions(name="tpu", tpu="local"))
+    with pytest.raises(ConfigError, match=r"strategy\.tpu=local applies to tpu, got strategy\.name=default"):
+        check_strategy(StrategyOptions(tpu="local"), 64)
+
+
+@pytest.mark.parametrize("name", ["multi_worker"])
 def test_a_reserved_strategy_says_so_and_what_to_use(name):
     with pytest.raises(ConfigError, match=rf"strategy\.name={name} is reserved, .* use mirrored or default\."):
         check_strategy(StrategyOptions(name=name), 64)
