@@ -202,6 +202,10 @@ class StrategyOptions(Options):
 
     name: Literal["default", "mirrored", "multi_worker", "tpu"] = "default"
     devices: Count | None = Field(None, description="mirrored: how many; null takes all.")
+    workers: Count | None = Field(
+        None,
+        description="multi_worker: how many processes train together, each with all its devices; trimline launch sets it.",
+    )
 
 
 class Distillation(Options):

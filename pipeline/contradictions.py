@@ -29,6 +29,7 @@ def contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
         )
     yield from _source_contradictions(config)
     yield from _training_contradictions(config)
+    yield from _strategy_contradictions(config)
     yield from _compression_contradictions(config)
 
 
@@ -93,6 +94,26 @@ def _training_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
             ("train", "early_stopping"),
             "train.early_stopping must have a validation split, got preprocess.splits.validation=0; give it a share, "
             "for instance 0.1.",
+        )
+
+
+def _strategy_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    name, workers = config.strategy.name, config.strategy.workers
+    if name == "multi_worker" and workers is None:
+        yield (
+            ("strategy", "name"),
+            "strategy.name=multi_worker must come with strategy.workers, got null; say how many processes train together.",
+        )
+    if name != "multi_worker" and workers is not None:
+        yield (
+            ("strategy", "workers"),
+            f"strategy.workers is for multi_worker only, got {workers} with strategy.name={name}; leave it out.",
+        )
+    if name == "multi_worker" and config.compress.recipes == AUTO:
+        yield (
+            ("compress", "recipes"),
+            "compress.recipes=auto must run in one process, since its clock would end a step in one worker and not in the "
+            "others, got strategy.name=multi_worker; train with --until train, then search with trimline compress.",
         )
 
 

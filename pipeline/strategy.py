@@ -1,7 +1,8 @@
 """Strategy: the name in the configuration becomes the `tf.distribute` strategy that training runs under.
 
-`default` and `mirrored` run; `multi_worker` and `tpu` are names that the configuration reserves. TensorFlow is imported
-when a strategy is made, not before, so that `plan` can check the rules in milliseconds.
+`default`, `mirrored` and `multi_worker` run; `tpu` is a name that the configuration reserves. TensorFlow is imported when a
+strategy is made, not before, so that `plan` can check the rules in milliseconds. How the processes of `multi_worker` find
+each other and walk together: `pipeline.team`.
 """
 
 from __future__ import annotations
@@ -25,15 +26,17 @@ def check_strategy(options: StrategyOptions, batch_size: int) -> None:
     Raises:
       ConfigError: The name is reserved, `devices` means nothing here, or the global batch does not divide.
     """
-    if options.name in ("multi_worker", "tpu"):
+    if options.name == "tpu":
         raise ConfigError(
-            f"strategy.name={options.name} is reserved, this version trains on one machine: use mirrored or default."
+            f"strategy.name={options.name} is reserved, this version trains on CPUs and GPUs: use multi_worker, mirrored or default."
         )
+    if options.name == "multi_worker" and options.workers is not None:
+        check_batch(batch_size, options.workers, options.name)
     if options.devices is None:
         return
-    if options.name == "default":
+    if options.name != "mirrored":
         raise ConfigError(
-            f"strategy.devices={options.devices} applies to mirrored, got strategy.name=default; set strategy.name=mirrored, or drop strategy.devices."
+            f"strategy.devices={options.devices} applies to mirrored, got strategy.name={options.name}; set strategy.name=mirrored, or drop strategy.devices."
         )
     check_batch(batch_size, options.devices, options.name)
 
@@ -42,16 +45,18 @@ def make_strategy(options: StrategyOptions) -> tf.distribute.Strategy:
     """Makes the strategy that `options` name.
 
     `mirrored` copies the model to each GPU, or, where there is none, to each logical CPU device, and sums the gradients
-    of their shares of the batch.
+    of their shares of the batch. `multi_worker` does so across the processes that TF_CONFIG names, and waits for them.
 
     Raises:
       ConfigError: The name is reserved, or more devices are asked for than the machine has.
     """
-    check_strategy(options, batch_size=options.devices or 1)
+    check_strategy(options, batch_size=options.devices or options.workers or 1)
     import tensorflow as tf
 
     if options.name == "default":
         return tf.distribute.get_strategy()
+    if options.name == "multi_worker":
+        return _multi_worker()
     return _mirrored(tuple(_devices(options.devices)))
 
 
@@ -67,6 +72,14 @@ def _mirrored(devices: tuple[str, ...]) -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy(
         list(devices), cross_device_ops=tf.distribute.ReductionToOneDevice() if on_cpu else None
     )
+
+
+@functools.cache
+def _multi_worker() -> tf.distribute.Strategy:
+    """One per process: it starts the server at which the others call."""
+    import tensorflow as tf
+
+    return tf.distribute.MultiWorkerMirroredStrategy()
 
 
 def _devices(wanted: int | None) -> list[str]:

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from components.artifacts import Task
 from components.distillation import Lesson
+from components.workers import agreed, settle, shared
 
 Tensor = Any  # tf.Tensor; TensorFlow ships no usable types
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -100,8 +101,16 @@ class Loop:
         self._evaluate = tf.function(self._evaluate_batches, jit_compile=False)
 
     def iterator(self, dataset: tf.data.Dataset) -> Any:
-        """An iterator over global batches, shared out to the replicas."""
-        return iter(self._strategy.experimental_distribute_dataset(dataset))
+        """An iterator over the batches of this process, shared out to its replicas."""
+        return iter(shared(self._strategy, dataset))
+
+    def settle(self) -> None:
+        """Lets all replicas have the same statistics; see `components.workers`."""
+        settle(self._strategy, self._model.non_trainable_variables)
+
+    def agreed(self, seconds: float) -> float:
+        """What the workers took on average: each must cut its updates into calls as the others do."""
+        return agreed(self._strategy, seconds)
 
     def advance(self, iterator: Any, updates: int, totals: np.ndarray) -> np.ndarray:
         """Makes `updates` updates and returns `totals` with their sums added; the same numbers however they are cut."""

@@ -31,6 +31,7 @@ from components.training.loop import Loop, Totals, make_loss
 from components.training.model import outputs_of
 from components.training.optimizer import make_optimizer
 from components.training.replicas import check_batch
+from components.workers import check_share, several
 
 _GUESS = 1.2  # a model below this many times the accuracy of a guess is fed wrongly rather than bad
 _SECONDS_PER_CALL = 0.25  # how often progress is told; a call's fixed cost of some 2 ms stays below 1 percent of it
@@ -93,6 +94,7 @@ def train(
 def _check(options: TrainOptions, batches: Batches, strategy: tf.distribute.Strategy, trace: Trace) -> int:
     """Returns the updates of one epoch."""
     check_batch(options.batch_size, strategy.num_replicas_in_sync, _strategy_name(strategy))
+    check_share(strategy, batches)
     steps = batches.steps_per_epoch(options.batch_size)
     if steps == 0:
         rows = batches.rows["train"]
@@ -110,6 +112,8 @@ def _check(options: TrainOptions, batches: Batches, strategy: tf.distribute.Stra
 
 
 def _strategy_name(strategy: tf.distribute.Strategy) -> str:
+    if several(strategy):
+        return "multi_worker"
     return "mirrored" if isinstance(strategy, tf.distribute.MirroredStrategy) else "default"
 
 
@@ -151,6 +155,7 @@ class _Run:
         while not self._over():
             started = time.perf_counter()
             row = self._train_epoch(iterator)
+            self.loop.settle()
             row["learning_rate"] = float(self.optimizer.learning_rate)
             row["examples_per_second"] = self.steps * self.options.batch_size / (time.perf_counter() - started)
             row |= {f"val_{name}": value for name, value in self._validate().items()}
@@ -200,7 +205,7 @@ class _Run:
                     self.epoch + 1, "training loss", f"at step {totals.finite_updates + 1} of {self.steps}"
                 )
             self._tell(done, totals)
-            updates = max(1, int(updates * _SECONDS_PER_CALL / (time.perf_counter() - started)))
+            updates = max(1, int(updates * _SECONDS_PER_CALL / self.loop.agreed(time.perf_counter() - started)))
         return totals.named()
 
     def _tell(self, done: int, totals: Totals) -> None:
