@@ -82,23 +82,33 @@ def agreed(strategy: tf.distribute.Strategy, value: float) -> float:
     return float(strategy.reduce(tf.distribute.ReduceOp.MEAN, tf.constant(value, tf.float64), axis=None))
 
 
-def settle(strategy: tf.distribute.Strategy, variables: Iterable[Any]) -> None:
-    """Gives every replica the mean of statistics that each replica gathered alone, as batch normalization does.
+class Statistics:
+    """What each replica gathers alone, as batch normalization does, and how all come to have the same.
 
     A moving average is linear, so that the mean of the replicas' averages is the average that their means would have
-    given. Called before validation and checkpoint, so that a resumed run starts from what the undisturbed one has.
+    given.
 
     Args:
       strategy: Whose replicas hold the variables.
       variables: Keras 3 or tf_keras; those that replicas keep in step anyway, and whole numbers, are left alone.
     """
-    if strategy.num_replicas_in_sync == 1:
-        return
-    chosen = [raw for raw in map(_raw, variables) if _apart(raw)]
-    if not chosen:
-        return
-    for variable, value in zip(chosen, _means(strategy, chosen), strict=True):
-        variable.assign(value)
+
+    def __init__(self, strategy: tf.distribute.Strategy, variables: Iterable[Any]) -> None:
+        self._strategy = strategy
+        alone = strategy.num_replicas_in_sync == 1
+        self._variables = [] if alone else [raw for raw in map(_raw, variables) if _apart(raw)]
+        self._means = tf.function(self._mean_values, jit_compile=False)
+
+    def settle(self) -> None:
+        """Gives every replica the mean. Called before validation and checkpoint: a resumed run starts from the same."""
+        if self._variables:
+            for variable, value in zip(self._variables, self._means(), strict=True):
+                variable.assign(value)
+
+    @tf.autograph.experimental.do_not_convert
+    def _mean_values(self) -> list[Tensor]:
+        own = self._strategy.run(lambda: [tf.identity(variable) for variable in self._variables])
+        return [self._strategy.reduce(tf.distribute.ReduceOp.MEAN, each, axis=None) for each in own]
 
 
 def _raw(variable: Any) -> Any:
@@ -115,12 +125,3 @@ def _apart(variable: Any) -> bool:
         variable.aggregation == tf.VariableAggregation.NONE
         or variable.synchronization == tf.VariableSynchronization.ON_READ
     )
-
-
-def _means(strategy: tf.distribute.Strategy, variables: list[Any]) -> list[Tensor]:
-    @tf.function(jit_compile=False)
-    def means() -> list[Tensor]:
-        flat = strategy.run(lambda: [tf.identity(variable) for variable in variables])
-        return [strategy.reduce(tf.distribute.ReduceOp.MEAN, each, axis=None) for each in flat]
-
-    return list(means())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from components.errors import ConstraintError, TrimlineError, WorkerError
+from components.errors import ConstraintError, StoppedError, TrimlineError, WorkerError
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -132,6 +132,8 @@ def _walk(config: Config, until: str | None, force: list[str], as_json: bool) ->
     try:
         with _screen(run_folder(config) / log_name(where), show=not as_json) as screen:
             results: Results = run(config, until=until, force=force, screen=screen, quiet=False)
+    except StoppedError:
+        raise
     except WorkerError as error:
         from pipeline.launch import start_again
 

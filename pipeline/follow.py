@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from components.errors import ContractError, TrimlineError, WorkerError
+from components.errors import ContractError, StoppedError, TrimlineError, WorkerError
 from components.tracing import Trace
 from pipeline.config import Config
 from pipeline.plan import Plan, Step, make_plan
@@ -29,14 +29,14 @@ def follow(team: Team, config: Config, screen: Screen) -> None:
       screen: Where progress is shown.
 
     Raises:
-      TrimlineError: The chief's run ended in an error.
+      StoppedError: The chief ended the run, because of an error or on request.
       WorkerError: The chief or another worker was lost.
       ContractError: An artifact that the chief has is not to be seen from here.
     """
     for order in team.orders():
         if "end" in order:
             if order["end"] is not None:
-                raise _Ended(f"the chief ended the run: {order['end']}")
+                raise StoppedError(f"the chief ended the run: {order['end']}")
             return
         changed = config.compress.model_copy(update={"recipes": order["recipes"]})
         plan = make_plan(config.model_copy(update={"compress": changed}))
@@ -49,10 +49,6 @@ def follow(team: Team, config: Config, screen: Screen) -> None:
             except TrimlineError as error:
                 screen.failed(step.name, str(error))
                 raise
-
-
-class _Ended(TrimlineError):
-    """The run is over because of an error of the chief's, which it has told."""
 
 
 def _take_part(team: Team, plan: Plan, step: Step, order: Mapping[str, Any], screen: Screen) -> None:

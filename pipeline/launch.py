@@ -43,7 +43,7 @@ def start_again(error: WorkerError) -> NoReturn:
     if before >= _MOST:
         raise WorkerError(f"{error} Given up after {_MOST} times; look at the logs of all workers.") from error
     print(f"trimline: {error} Starting again ({before + 1} of {_MOST}).", file=sys.stderr, flush=True)
-    time.sleep(min(_LONGEST_PAUSE, 2.0**min(before, 10) / 2))
+    time.sleep(min(_LONGEST_PAUSE, 2.0 ** min(before, 10) / 2))
     os.environ[_AGAIN] = str(before + 1)
     os.execv(sys.executable, [sys.executable, *_unforced(sys.orig_argv[1:])])
 
@@ -58,9 +58,7 @@ def _unforced(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
-def launch(
-    arguments: Sequence[str], force: Sequence[str], folder: pathlib.Path, *, workers: int, restarts: int
-) -> int:
+def launch(arguments: Sequence[str], force: Sequence[str], folder: pathlib.Path, *, workers: int, restarts: int) -> int:
     """Runs `trimline run` in `workers` processes until all have ended.
 
     Args:
@@ -148,6 +146,9 @@ class _Crew:
             if code and index == 0:
                 break  # nobody is left to tell them
             time.sleep(_POLL_SECONDS)
+        chief = self._running.get(0)
+        if chief is not None and (chief.poll() or 0) > 0:
+            return int(chief.returncode)  # its error is what ended the others
         if index:
             print(
                 f"trimline: worker {index} ended with code {code}: {_tail(self._folder / f'worker-{index}.out')}",

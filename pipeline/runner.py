@@ -6,7 +6,7 @@ import contextlib
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from components.errors import ConfigError, WorkerError
 from components.options import AUTO
@@ -72,7 +72,7 @@ def run(
             if walk.team is not None:
                 follow(walk.team, config, screen)
             return Results(folder)
-        stack.push(_Dismissal(walk.team))
+        stack.enter_context(_leading(walk.team))
         if config.compress.recipes == AUTO and until not in BEFORE_RECIPES:
             plan = make_plan(search(config, walk), until=until)
         walk.go(plan)
@@ -95,15 +95,19 @@ def _join(plan: Plan, force: Iterable[str], where: Place, screen: Screen) -> Tea
     return Team.join(where, plan.config.strategy)
 
 
-class _Dismissal:
+@contextlib.contextmanager
+def _leading(team: Team | None) -> Iterator[None]:
     """Sends the other workers home, whatever way the chief's run ends."""
-
-    def __init__(self, team: Team | None) -> None:
-        self._team = team
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._team is not None and not isinstance(error, WorkerError):
-            self._team.dismiss(error)
+    try:
+        yield
+    except WorkerError:
+        raise
+    except BaseException as error:
+        if team is not None:
+            team.dismiss(error)
+        raise
+    if team is not None:
+        team.dismiss(None)
 
 
 def log_name(where: Place) -> str:

@@ -22,7 +22,7 @@ from components.distillation import Lesson
 from components.errors import ConfigError, ModelError
 from components.options import FineTune
 from components.tracing import Trace
-from components.workers import check_share, settle, several, shared
+from components.workers import Statistics, check_share, several, shared
 
 _CHECKPOINTS = "checkpoints"
 _WATCHES_PER_EPOCH = 4
@@ -261,6 +261,7 @@ class _Checkpoints(tf_keras.callbacks.Callback):
         self.setting = setting
         with setting.strategy.scope():
             self.done = tf.Variable(0, dtype=tf.int64, trainable=False, name="epochs_done")
+        self.statistics = Statistics(setting.strategy, model.variables)
         # Plain lists: wrappers of tfmot hold variables that object tracking does not see.
         self.manager = tf.train.CheckpointManager(
             tf.train.Checkpoint(done=self.done, model=list(model.variables), optimizer=list(optimizer.variables)),
@@ -288,5 +289,5 @@ class _Checkpoints(tf_keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self.done.assign(epoch + 1)
         # A checkpoint holds one value of each variable, so what goes on from here must have that one everywhere.
-        settle(self.setting.strategy, self.manager.checkpoint.model)
+        self.statistics.settle()
         self.manager.save()

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from components.artifacts import Task
 from components.distillation import Lesson
-from components.workers import agreed, settle, shared
+from components.workers import Statistics, agreed, shared
 
 Tensor = Any  # tf.Tensor; TensorFlow ships no usable types
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -97,6 +97,7 @@ class Loop:
         self._task: Task = task
         self._strategy = strategy
         self._lesson = lesson
+        self._statistics = Statistics(strategy, model.non_trainable_variables)
         self._advance = tf.function(self._advance_steps, jit_compile=False)
         self._evaluate = tf.function(self._evaluate_batches, jit_compile=False)
 
@@ -106,7 +107,7 @@ class Loop:
 
     def settle(self) -> None:
         """Lets all replicas have the same statistics; see `components.workers`."""
-        settle(self._strategy, self._model.non_trainable_variables)
+        self._statistics.settle()
 
     def agreed(self, seconds: float) -> float:
         """What the workers took on average: each must cut its updates into calls as the others do."""
