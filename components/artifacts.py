@@ -120,6 +120,26 @@ class PreparedData:
         return [self.folder / file["name"] for file in self.manifest["splits"][split]["files"]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which part of every batch one of several training processes takes.
+
+    Attributes:
+      index: Number of the process, 0 is the first.
+      count: How many there are.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def part(self, rows: int) -> tuple[int, int]:
+        """First row and row after the last of this process among `rows`; together the processes have each row once.
+
+        Share(1, 3).part(10) is (3, 6); of the others, (0, 3) and (6, 10).
+        """
+        return rows * self.index // self.count, rows * (self.index + 1) // self.count
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batches:
     """How a stage that trains gets its data, without knowing where it lies. `components.data.dataset` makes it.
@@ -129,9 +149,11 @@ class Batches:
       training: (batch_size, seed, first_epoch) -> `tf.data.Dataset`, infinite, of (inputs float32 (batch_size, *shape),
         labels int32 (batch_size,) or float32 (batch_size, 1)). Epoch e depends only on (seed, e).
       ordered: (split, batch_size) -> `tf.data.Dataset`, one pass in file order, last batch smaller.
-      rows: split -> number of rows.
+      rows: split -> number of rows, of all processes together.
       rows_of: (batch_size, seed, epoch, step) -> int64 (batch_size,), the rows of the training split in file order, 0 is
         the first, that make one batch of `training`; None where nobody can tell.
+      share: Of several processes each gets its share of every batch: `batch_size` stays global, and the data sets hold
+        `share.part(batch_size)` of its rows.
     """
 
     spec: DataSpec
@@ -139,6 +161,7 @@ class Batches:
     ordered: Callable[[str, int], Any]
     rows: Mapping[str, int]
     rows_of: Callable[[int, int, int, int], Any] | None = None
+    share: Share = Share()
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Whole batches in one epoch; the remainder is dropped so that shapes stay static."""

@@ -51,3 +51,13 @@ class BudgetError(TrimlineError):
     """The time that a search was given is up; what was done so far is kept."""
 
     exit_code = 8
+
+
+class WorkerError(TrimlineError):
+    """Another process of a distributed run was lost; all that it takes is to start again, from the last checkpoint."""
+
+    exit_code = 9
+
+
+class StoppedError(WorkerError):
+    """The chief of a distributed run ended it; starting again would change nothing."""

@@ -216,6 +216,10 @@ class StrategyOptions(Options):
         description="Multiply train.batch_size by the number of replicas, and the learning rate with it: by the number for sgd, "
         "by its square root for adam and adamw. false: the batch is shared out, and the result is that of one device.",
     )
+    workers: Count | None = Field(
+        None,
+        description="multi_worker: how many processes train together, each with all its devices; trimline launch sets it.",
+    )
 
 
 class Distillation(Options):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from components.errors import ConstraintError, TrimlineError
+from components.errors import ConstraintError, StoppedError, TrimlineError, WorkerError
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -67,6 +67,33 @@ def run(
 
 
 @app.command()
+def launch(
+    config: ConfigPath,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that train together.")],
+    overrides: Sets = [],  # noqa: B006 - typer copies it
+    until: Until = None,
+    force: Force = [],  # noqa: B006 - typer copies it
+    restarts: Annotated[int, typer.Option(min=0, help="How often each worker that died is started again.")] = 3,
+) -> None:
+    """Run on several processes of this machine that train together: multi_worker without writing TF_CONFIG.
+
+    The chief has the screen; what the others say is in worker-N.out of the run's folder. A worker that dies is started
+    again and the run goes on from the last checkpoint. Ctrl-C stops them all and loses nothing.
+    """
+    from pipeline.config import load_config
+    from pipeline.launch import launch as start
+    from pipeline.runner import run_folder
+
+    with _errors():
+        team = [*overrides, "strategy.name=multi_worker", f"strategy.workers={workers}"]
+        folder = run_folder(load_config(config, team))
+        arguments = [config, *(f"--set={each}" for each in team), *([f"--until={until}"] if until else [])]
+        code = start(arguments, [f"--force={each}" for each in force], folder, workers=workers, restarts=restarts)
+        if code:
+            raise SystemExit(code)
+
+
+@app.command()
 def compress(
     model: Annotated[pathlib.Path, typer.Argument(metavar="MODEL", help="A trained Keras 3 model, MODEL.keras.")],
     data: Annotated[
@@ -98,10 +125,22 @@ def _walk(config: Config, until: str | None, force: list[str], as_json: bool) ->
     """Carries `config` out and shows what came of it."""
     from pipeline import tables
     from pipeline.results import Results
-    from pipeline.runner import LOG, run, run_folder
+    from pipeline.runner import log_name, run, run_folder
+    from pipeline.team import place
 
-    with _screen(run_folder(config) / LOG, show=not as_json) as screen:
-        results: Results = run(config, until=until, force=force, screen=screen, quiet=False)
+    where = place(config.strategy)
+    try:
+        with _screen(run_folder(config) / log_name(where), show=not as_json) as screen:
+            results: Results = run(config, until=until, force=force, screen=screen, quiet=False)
+    except StoppedError:
+        raise
+    except WorkerError as error:
+        from pipeline.launch import start_again
+
+        start_again(error)
+    if not where.chief:
+        print(f"Worker {where.index} of {len(where.addresses)} has done its part; the results are the chief's.")
+        return
     if until is not None and until != "report":
         return
     if as_json:

@@ -29,6 +29,7 @@ def contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
         )
     yield from _source_contradictions(config)
     yield from _training_contradictions(config)
+    yield from _strategy_contradictions(config)
     yield from _compression_contradictions(config)
 
 
@@ -135,6 +136,26 @@ def _leaks(config: Config) -> Iterator[tuple[KeyPath, str]]:
                 f"compress.recipes must not train beside train.privacy, got '{text}', which trains on the rows again without noise; "
                 "keep to float32, float16, dynamic, int8 and other formats.",
             )
+
+
+def _strategy_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    name, workers = config.strategy.name, config.strategy.workers
+    if name == "multi_worker" and workers is None:
+        yield (
+            ("strategy", "name"),
+            "strategy.name=multi_worker must come with strategy.workers, got null; say how many processes train together.",
+        )
+    if name != "multi_worker" and workers is not None:
+        yield (
+            ("strategy", "workers"),
+            f"strategy.workers is for multi_worker only, got {workers} with strategy.name={name}; leave it out.",
+        )
+    if name == "multi_worker" and config.compress.recipes == AUTO:
+        yield (
+            ("compress", "recipes"),
+            "compress.recipes=auto must run in one process, since its clock would end a step in one worker and not in the "
+            "others, got strategy.name=multi_worker; train with --until train, then search with trimline compress.",
+        )
 
 
 def _compression_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:

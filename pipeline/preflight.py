@@ -71,7 +71,7 @@ def _check_strategy(config: Config) -> list[Finding]:
     found = []
     train, compress = config.train.batch_size, config.compress.batch_size or config.train.batch_size
     if config.strategy.rescale:
-        train *= config.strategy.devices or 1
+        train *= config.strategy.devices or config.strategy.workers or 1
     for batch_size, accumulate in {(train, config.train.accumulate), (compress, 1)}:
         try:
             check_strategy(config.strategy, batch_size, accumulate)

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from components.artifacts import Batches, PreparedData
+from components.artifacts import Batches, PreparedData, Share
 from components.recipe import Recipe
 from components.tracing import Trace
 
@@ -32,6 +32,7 @@ class Call:
       trials: Recipe -> why a search tried it; empty where the user named the recipes.
       seconds: Step name -> how long it worked.
       trace: Where numbers, progress and warnings go.
+      share: Of the batches, where several processes train together.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Call:
     trials: dict[str, str]
     seconds: dict[str, float]
     trace: Trace
+    share: Share = Share()
 
     @property
     def data(self) -> PreparedData:
@@ -58,11 +60,11 @@ class Call:
 
         return make_strategy(self.config.strategy)
 
-    def batches(self) -> Batches:
-        """The training data as `tf.data`, augmented as the configuration says."""
+    def batches(self, share: Share = Share()) -> Batches:  # noqa: B008, frozen
+        """The training data as `tf.data`, augmented as the configuration says; all of it, or this process's share."""
         from components.data.dataset import make_batches
 
-        return make_batches(self.data, augmentation=self.config.train.augmentation)
+        return make_batches(self.data, augmentation=self.config.train.augmentation, share=share)
 
 
 @dataclasses.dataclass(frozen=True)

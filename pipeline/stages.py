@@ -96,7 +96,7 @@ def _train(call: Call) -> None:
     from components.training.model import build
     from components.training.train import train
 
-    config, batches = call.config, call.batches()
+    config, batches = call.config, call.batches(call.share)
     train(
         config.train,
         functools.partial(build, config.model, batches.spec, seed=config.seed),
@@ -123,7 +123,7 @@ def _compress(call: Call) -> None:
         config.compress,
         TrainedModel(call.takes["train"]),
         CompressedModel(call.takes[before]) if len(path) > 1 else None,
-        call.batches(),
+        call.batches(call.share),
         call.folder,
         strategy=call.strategy,
         batch_size=config.compress.batch_size or config.train.batch_size,

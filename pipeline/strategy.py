@@ -1,7 +1,7 @@
 """Strategy: the name in the configuration becomes the `tf.distribute` strategy that training runs under.
 
-`default`, `mirrored` and `tpu` run; `multi_worker` is a name that the configuration reserves. TensorFlow is imported
-when a strategy is made, not before, so that `plan` can check the rules in milliseconds.
+All of them run. TensorFlow is imported when a strategy is made, not before, so that `plan` can check the rules in
+milliseconds. How the processes of `multi_worker` find each other and walk together: `pipeline.team`.
 """
 
 from __future__ import annotations
@@ -24,40 +24,36 @@ def check_strategy(options: StrategyOptions, batch_size: int, accumulate: int = 
     With `devices` unset the number of replicas is known only on the machine; training checks the batch then.
 
     Raises:
-      ConfigError: The name is reserved, `devices` means nothing here, or the global batch does not divide.
+      ConfigError: `devices` or `tpu` mean nothing here, or the global batch does not divide.
     """
     if options.tpu is not None and options.name != "tpu":
         raise ConfigError(
             f"strategy.tpu={options.tpu} applies to tpu, got strategy.name={options.name}; set strategy.name=tpu, or drop strategy.tpu."
         )
-    if options.name == "multi_worker":
-        raise ConfigError(
-            f"strategy.name={options.name} is reserved, this version trains on one machine: use mirrored or default."
-        )
-    if options.devices is None:
-        check_batch(batch_size, 1, options.name, accumulate=accumulate)
-        return
-    if options.name in ("default", "tpu"):
+    if options.devices is not None and options.name != "mirrored":
         raise ConfigError(
             f"strategy.devices={options.devices} applies to mirrored, got strategy.name={options.name}; set strategy.name=mirrored, or drop strategy.devices."
         )
-    check_batch(batch_size, options.devices, options.name, accumulate=accumulate)
+    check_batch(batch_size, options.devices or options.workers or 1, options.name, accumulate=accumulate)
 
 
 def make_strategy(options: StrategyOptions) -> tf.distribute.Strategy:
     """Makes the strategy that `options` name.
 
-    `tpu` connects to the TPU that `options.tpu` or the environment names; see `tpu.resolve`. `mirrored` copies the model to each GPU, or, where there is none, to each logical CPU device, and sums the gradients
-    of their shares of the batch.
+    `mirrored` copies the model to each GPU, or, where there is none, to each logical CPU device, and sums the gradients
+    of their shares of the batch. `multi_worker` does so across the processes that TF_CONFIG names, and waits for them.
+    `tpu` connects to the TPU that `options.tpu` or the environment names; see `tpu.resolve`.
 
     Raises:
-      ConfigError: The name is reserved, or more devices are asked for than the machine has.
+      ConfigError: There is no such TPU, or more devices are asked for than the machine has.
     """
-    check_strategy(options, batch_size=options.devices or 1)
+    check_strategy(options, batch_size=options.devices or options.workers or 1)
     import tensorflow as tf
 
     if options.name == "default":
         return tf.distribute.get_strategy()
+    if options.name == "multi_worker":
+        return _multi_worker()
     if options.name == "tpu":
         return _tpu(options.tpu)
     return _mirrored(tuple(_devices(options.devices)))
@@ -87,6 +83,14 @@ def _mirrored(devices: tuple[str, ...]) -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy(
         list(devices), cross_device_ops=tf.distribute.ReductionToOneDevice() if on_cpu else None
     )
+
+
+@functools.cache
+def _multi_worker() -> tf.distribute.Strategy:
+    """One per process: it starts the server at which the others call."""
+    import tensorflow as tf
+
+    return tf.distribute.MultiWorkerMirroredStrategy()
 
 
 def _devices(wanted: int | None) -> list[str]:

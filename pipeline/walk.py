@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import logging
@@ -10,13 +11,15 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from components.errors import BudgetError, ModelError, TrimlineError
+from components.artifacts import Share
+from components.errors import BudgetError, ModelError, TrimlineError, WorkerError
 from components.tracing import Trace
 from pipeline.plan import Plan, Step
 from pipeline.screen import Screen
 from pipeline.stage import Call
 from pipeline.stages import JOURNEY
 from pipeline.store import EVENTS
+from pipeline.team import TOGETHER, Team
 
 log = logging.getLogger("trimline")
 
@@ -33,6 +36,7 @@ class Walk:
       screen: Where progress is shown.
       force: Stages whose work is done again although it is in the store, with all that depends on them.
       pulse: Called often by steps that train; what it raises ends the step.
+      team: The processes that train together, of which this is the chief; None: this one alone.
       done: Step name -> its artifact.
       lost: Step name -> why it has none.
       failures: Recipe -> why it was not measured.
@@ -44,6 +48,7 @@ class Walk:
     screen: Screen
     force: tuple[str, ...] = ()
     pulse: Callable[[], None] = lambda: None
+    team: Team | None = None
     done: dict[str, pathlib.Path] = dataclasses.field(default_factory=dict)
     lost: dict[str, str] = dataclasses.field(default_factory=dict)
     failures: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -65,7 +70,8 @@ class Walk:
                     self.done[step.name] = self._carry_out(plan, step)
                     continue
                 except Exception as error:  # kept: in the log with its traceback, and in results.json
-                    if step.stage.name not in PER_RECIPE:
+                    stops = isinstance(error, WorkerError) or (self.team is not None and self.team.broken)
+                    if stops or step.stage.name not in PER_RECIPE:
                         raise
                     self.lose(step, error)
                     # What lies in the model is the same next time, and a search must come by it without training again.
@@ -116,7 +122,9 @@ class Walk:
                 log.info("%s starts in %s", step.name, partial)
                 screen = self.screen
                 with Trace(partial / EVENTS, screen.progress, screen.warn, self.pulse, screen.tell) as trace:
-                    step.stage.run(self._call(plan, step, partial, demand, trace))
+                    call = self._call(plan, step, partial, demand, trace)
+                    with self._together(plan, step, partial):
+                        step.stage.run(call)
                 gc.collect()
 
             with self.screen.step(step.name, len(self.done) + len(self.lost)):
@@ -127,6 +135,13 @@ class Walk:
         else:  # the step wrote none: a link to nothing stops tools that copy a run
             place.unlink(missing_ok=True)
         return store.folder(key)
+
+    def _together(self, plan: Plan, step: Step, folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+        if self.team is None or step.stage.name not in TOGETHER:
+            return contextlib.nullcontext()
+        recipes = plan.config.compress.recipes
+        assert isinstance(recipes, list), "a team takes no search"
+        return self.team.led(step.name, folder, recipes)
 
     def _call(
         self, plan: Plan, step: Step, folder: pathlib.Path, demand: Callable[[str], pathlib.Path], trace: Trace
@@ -147,6 +162,7 @@ class Walk:
                 if each.name in self.done
             },
             trace=trace,
+            share=Share() if self.team is None else self.team.place.share,
         )
 
 

@@ -22,6 +22,7 @@ from components.distillation import Lesson
 from components.errors import ConfigError, ModelError
 from components.options import FineTune
 from components.tracing import Trace
+from components.workers import Statistics, check_share, several, shared
 
 _CHECKPOINTS = "checkpoints"
 _WATCHES_PER_EPOCH = 4
@@ -102,17 +103,22 @@ def finetune(
     Raises:
       ModelError: The loss is not finite.
     """
+    check_share(setting.strategy, setting.batches)
     with setting.strategy.scope():
         model = model if setting.lesson is None else _taught(model, setting.lesson)
         optimizer = tf_keras.optimizers.Adam(setting.learning_rate)
         optimizer.build(model.trainable_variables)
         model.compile(optimizer, _loss(setting), [_metric(setting)], jit_compile=False)
+    if several(setting.strategy):
+        # Metrics are the team's already, and tf_keras would add them up over the workers once more.
+        model.distribute_reduction_method = "first"
     checkpoints = _Checkpoints(model, optimizer, setting)
     done = checkpoints.restore()
     if done < setting.options.epochs:
         model.fit(
-            setting.batches.training(setting.batch_size, setting.seed, done),
+            _dealt(setting, setting.batches.training(setting.batch_size, setting.seed, done)),
             validation_data=_validation(setting),
+            validation_steps=_validation_steps(setting),
             steps_per_epoch=setting.steps_per_epoch,
             epochs=setting.options.epochs,
             initial_epoch=done,
@@ -133,13 +139,27 @@ def evaluate(model: tf_keras.Model, setting: Setting) -> dict[str, float]:
     batches = _validation(setting)
     if batches is None:
         return {}
-    return {name: float(value) for name, value in model.evaluate(batches, verbose=0, return_dict=True).items()}
+    found = model.evaluate(batches, steps=_validation_steps(setting), verbose=0, return_dict=True)
+    return {name: float(value) for name, value in found.items()}
+
+
+def _dealt(setting: Setting, batches: tf.data.Dataset) -> Any:
+    """What tf_keras takes: it deals global batches out itself, but knows nothing of one worker's share of them."""
+    return shared(setting.strategy, batches) if several(setting.strategy) else batches
 
 
 def _validation(setting: Setting) -> Any:
     if not setting.batches.rows.get("validation"):
         return None
-    return setting.batches.ordered("validation", setting.batch_size)
+    batches = setting.batches.ordered("validation", setting.batch_size)
+    # tf_keras does not begin a dealt data set anew where it is told the number of steps, and demands that number.
+    return _dealt(setting, batches.repeat()) if several(setting.strategy) else batches
+
+
+def _validation_steps(setting: Setting) -> int | None:
+    if not several(setting.strategy) or not setting.batches.rows.get("validation"):
+        return None
+    return math.ceil(setting.batches.rows["validation"] / setting.batch_size)
 
 
 def _loss(setting: Setting) -> Any:
@@ -241,6 +261,7 @@ class _Checkpoints(tf_keras.callbacks.Callback):
         self.setting = setting
         with setting.strategy.scope():
             self.done = tf.Variable(0, dtype=tf.int64, trainable=False, name="epochs_done")
+        self.statistics = Statistics(setting.strategy, model.variables)
         # Plain lists: wrappers of tfmot hold variables that object tracking does not see.
         self.manager = tf.train.CheckpointManager(
             tf.train.Checkpoint(done=self.done, model=list(model.variables), optimizer=list(optimizer.variables)),
@@ -267,4 +288,6 @@ class _Checkpoints(tf_keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self.done.assign(epoch + 1)
+        # A checkpoint holds one value of each variable, so what goes on from here must have that one everywhere.
+        self.statistics.settle()
         self.manager.save()

@@ -7,6 +7,9 @@ Rows stay as compact as they are stored (a picture: uint8) until their batch is 
 Everything random is a function of (seed, epoch, step), so a run that starts at epoch e sees what an undisturbed run saw.
 A training split of up to RESIDENT_BYTES is held in memory and shuffled completely. A larger one streams: files are
 shuffled and interleaved, then blocks within a buffer, then rows within super-batches of up to SUPER_ROWS.
+
+Of several processes each gets its `Share` of every batch, and no row twice in an epoch. In memory the order is that of one
+process, cut; streaming, each takes a run of rows of the epoch's shuffled files and reads no other block: `shards`.
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from components.artifacts import SPLITS, Batches, PreparedData
+from components.artifacts import SPLITS, Batches, PreparedData, Share
 from components.data.augment import augment, check_augmentation
 from components.data.blocks import Layout, read_blocks
+from components.data.shards import Shards
 from components.data.transform import RANGES, in_range
 from components.errors import ConfigError, ContractError
 from components.options import Augmentation
@@ -39,12 +43,13 @@ _FILES_AT_ONCE = 16
 _BLOCKS_AT_ONCE = 256
 
 
-def make_batches(data: PreparedData, *, augmentation: Augmentation) -> Batches:
+def make_batches(data: PreparedData, *, augmentation: Augmentation, share: Share = Share()) -> Batches:  # noqa: B008, frozen
     """What a training stage needs of `data`, with nothing read yet.
 
     Args:
       data: Prepared; its files are looked at, not read.
       augmentation: Of the training split only.
+      share: Of the process; batches hold its rows only.
 
     Raises:
       ConfigError: See `check_augmentation`.
@@ -57,13 +62,14 @@ def make_batches(data: PreparedData, *, augmentation: Augmentation) -> Batches:
     return Batches(
         spec=data.spec,
         training=lambda batch_size, seed, first_epoch: training_batches(
-            data, batch_size=batch_size, seed=seed, first_epoch=first_epoch, augmentation=augmentation
+            data, batch_size=batch_size, seed=seed, first_epoch=first_epoch, augmentation=augmentation, share=share
         ),
-        ordered=lambda split, batch_size: batches(data, split, batch_size=batch_size),
+        ordered=lambda split, batch_size: batches(data, split, batch_size=batch_size, share=share),
         rows={split: data.rows(split) for split in SPLITS},
         rows_of=lambda batch_size, seed, epoch, step: rows_of_batch(
-            data, batch_size=batch_size, seed=seed, epoch=epoch, step=step
+            data, batch_size=batch_size, seed=seed, epoch=epoch, step=step, workers=share.count
         ),
+        share=share,
     )
 
 
@@ -80,6 +86,7 @@ def training_batches(
     first_epoch: int = 0,
     augmentation: Augmentation = Augmentation(),  # noqa: B008, frozen
     resident_bytes: int = RESIDENT_BYTES,
+    share: Share = Share(),  # noqa: B008, frozen
 ) -> tf.data.Dataset:
     """Shuffled, augmented batches of the training split, without end.
 
@@ -91,12 +98,14 @@ def training_batches(
       augmentation: See `augment`.
       resident_bytes: A split of at most this many stored bytes is held in memory, which is also faster. The order
         differs between the two ways, so that it must not change within a run.
+      share: Of the process: it gets `share.part(batch_size)` of the rows of each batch.
 
     Returns:
       (float32 (batch_size, *input_shape), int32 (batch_size,) or float32 (batch_size, 1)), `steps_per_epoch` an epoch.
 
     Raises:
-      ConfigError: The split has fewer rows than a batch, or `augmentation` does not suit it.
+      ConfigError: The split has fewer rows than a batch, the batch does not divide by the processes, or `augmentation`
+        does not suit the data.
       ContractError: Held in memory: a file is damaged. Streaming finds damage later, as `tf.errors.DataLossError`.
     """
     check_augmentation(augmentation, data.spec)
@@ -106,12 +115,17 @@ def training_batches(
         raise ConfigError(
             f"train.batch_size={batch_size} exceeds the {data.rows('train')} rows of the training split, and a batch must be whole: use {data.rows('train')} or less."
         )
+    if batch_size % share.count:
+        raise ConfigError(
+            f"train.batch_size={batch_size} must divide by the {share.count} workers (remainder {batch_size % share.count}): use {batch_size - batch_size % share.count + share.count}."
+        )
     inputs = _Inputs.of(data)
     make = _resident_batches if _is_small(data, inputs.layout, resident_bytes) else _streamed_batches
-    made, columns_of = make(data, inputs.layout, batch_size, tf.constant(seed, tf.int64), first_epoch)
+    made, columns_of = make(data, inputs.layout, batch_size, tf.constant(seed, tf.int64), first_epoch, share)
 
     def finish(key: Tensor, step: Tensor, chosen: Any) -> tuple[Tensor, Tensor]:
         x, y = inputs.expand(columns_of(chosen))
+        key = _key(key, _FIRST_WORKER - share.index) if share.index else key  # each worker draws its own changes
         return augment(x, _key(key, _FIRST_STEP + step), augmentation, RANGES.get(inputs.pixels, (0.0, 1.0))), y
 
     # One map for all that a batch needs: each further one costs a small batch as much as its work.
@@ -121,25 +135,37 @@ def training_batches(
 
 
 def rows_of_batch(
-    data: PreparedData, *, batch_size: int, seed: int, epoch: int, step: int, resident_bytes: int = RESIDENT_BYTES
+    data: PreparedData,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    step: int,
+    workers: int = 1,
+    resident_bytes: int = RESIDENT_BYTES,
 ) -> np.ndarray:
     """Which rows of the training split, in file order, 0 is the first, make batch `step` of `epoch`: int64 (batch_size,).
 
-    Walks through the epoch up to the batch, without computing inputs.
+    Walks through the epoch up to the batch, without computing inputs, once for each of the `workers`.
     """
     layout = _Inputs.of(data).layout
     make = _resident_batches if _is_small(data, layout, resident_bytes) else _streamed_batches
-    made, _ = make(data, layout, batch_size, tf.constant(seed, tf.int64), epoch)
-    _, _, chosen = next(iter(made.skip(step)))
-    return np.asarray(chosen[_ROW] if isinstance(chosen, dict) else chosen, np.int64)
+    parts = []
+    for index in range(workers):
+        made, _ = make(data, layout, batch_size, tf.constant(seed, tf.int64), epoch, Share(index, workers))
+        _, _, chosen = next(iter(made.skip(step)))
+        parts.append(chosen[_ROW] if isinstance(chosen, dict) else chosen)
+    return np.concatenate(parts).astype(np.int64)
 
 
 def _is_small(data: PreparedData, layout: Layout, resident_bytes: int) -> bool:
     return bool(data.rows("train") * layout.row_bytes <= resident_bytes)
 
 
-def batches(data: PreparedData, split: str, *, batch_size: int) -> tf.data.Dataset:
+def batches(data: PreparedData, split: str, *, batch_size: int, share: Share = Share()) -> tf.data.Dataset:  # noqa: B008, frozen
     """One pass over `split` in file order; the last batch may be smaller, an empty split gives none.
+
+    Every process gets as many batches as the others, each its share of the rows; of the last one that may be none.
 
     Returns:
       (float32 (batch, *input_shape), int32 (batch,) or float32 (batch, 1)).
@@ -153,9 +179,18 @@ def batches(data: PreparedData, split: str, *, batch_size: int) -> tf.data.Datas
     made = tf.data.TFRecordDataset(files).map(
         functools.partial(parse, inputs.layout), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
     )
-    made = made.rebatch(batch_size).map(inputs.expand, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    made = made.rebatch(batch_size)
+    if share.count > 1:
+        made = made.map(functools.partial(_part, share))
+    made = made.map(inputs.expand, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     count = math.ceil(data.rows(split) / batch_size)
     return _with_options(made.apply(tf.data.experimental.assert_cardinality(count)))
+
+
+def _part(share: Share, columns: Columns) -> Columns:
+    rows = tf.shape(columns["label"])[0]
+    first, last = rows * share.index // share.count, rows * (share.index + 1) // share.count
+    return {name: value[first:last] for name, value in columns.items()}
 
 
 def read(data: PreparedData, split: str, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -292,6 +327,7 @@ def _blocks(paths: list[pathlib.Path]) -> Iterator[tuple[pathlib.Path, dict[str,
 _ROWS, _FILES, _BUFFERS, _FIRST_STEP = range(4)
 _ROW = "row number"
 """Column that a streamed batch carries beside those that are stored."""
+_FIRST_WORKER = -1  # and downwards: steps go upwards
 
 
 def _key(parent: Tensor, purpose: Tensor | int) -> Tensor:
@@ -304,17 +340,18 @@ def _shuffled(values: Tensor, key: Tensor) -> Tensor:
 
 
 def _resident_batches(
-    data: PreparedData, layout: Layout, batch_size: int, seed: Tensor, first_epoch: int
+    data: PreparedData, layout: Layout, batch_size: int, seed: Tensor, first_epoch: int, share: Share
 ) -> tuple[tf.data.Dataset, Callable[[Tensor], Columns]]:
     """(epoch's key, step, row numbers) of each batch, drawn anew each epoch, and the function that gathers these from memory."""
     rows, steps = data.rows("train"), steps_per_epoch(data, batch_size)
+    first, last = share.part(batch_size)
     with tf.device("CPU:0"):  # else a GPU would hold them, and tf.data would fetch them back row by row
         columns = {name: tf.constant(value) for name, value in _columns(data, "train", layout, rows).items()}
 
     def one_epoch(epoch: Tensor) -> tf.data.Dataset:
         key = tf.stack([seed, epoch])
         order = _shuffled(tf.range(rows), _key(key, _ROWS))
-        chosen = tf.reshape(order[: steps * batch_size], (steps, batch_size))
+        chosen = tf.reshape(order[: steps * batch_size], (steps, batch_size))[:, first:last]
         return tf.data.Dataset.from_tensor_slices((tf.repeat(key[tf.newaxis], steps, 0), tf.range(steps), chosen))
 
     def gather(chosen: Tensor) -> Columns:
@@ -324,7 +361,7 @@ def _resident_batches(
 
 
 def _streamed_batches(
-    data: PreparedData, layout: Layout, batch_size: int, seed: Tensor, first_epoch: int
+    data: PreparedData, layout: Layout, batch_size: int, seed: Tensor, first_epoch: int, share: Share
 ) -> tuple[tf.data.Dataset, Callable[[Columns], Columns]]:
     """(epoch's key, step, columns) of each batch, from disk: files, then blocks, then rows are shuffled, each within its reach."""
     entries = data.manifest["splits"]["train"]["files"]
@@ -334,30 +371,47 @@ def _streamed_batches(
     block_rows = data.manifest["block_rows"]
     block_bytes = max(1, block_rows * layout.row_bytes)
     buffer = min(_BLOCKS_AT_ONCE, max(1, SHUFFLE_BYTES // block_bytes))
+    batch_size //= share.count
     super_rows = min(SUPER_ROWS, max(batch_size, SHUFFLE_BYTES // layout.row_bytes))
+    shards = Shards.of(data, share, steps_per_epoch(data, batch_size * share.count) * batch_size)
 
     def blocks(file: Tensor, begin: Tensor) -> tf.data.Dataset:
         return tf.data.TFRecordDataset(file).enumerate().map(lambda number, one: (one, begin + number * block_rows))
 
-    def both(values: tuple[Tensor, Tensor], key: Tensor) -> tuple[Tensor, Tensor]:
-        order = _shuffled(tf.range(tf.shape(values[0])[0]), key)
-        return tf.gather(values[0], order), tf.gather(values[1], order)
-
-    def columns(record: Tensor, first: Tensor) -> Columns:
-        made = parse(layout, record)
-        return {**made, _ROW: first + tf.range(tf.shape(made["label"], tf.int64)[0])}
-
     def one_epoch(epoch: Tensor) -> tf.data.Dataset:
         key = tf.stack([seed, epoch])
-        made = tf.data.Dataset.from_tensor_slices(both((files, begins), _key(key, _FILES)))
-        made = made.interleave(blocks, cycle_length=_FILES_AT_ONCE).batch(buffer).enumerate()
-        made = made.map(lambda number, some: both(some, _key(_key(key, _BUFFERS), number))).unbatch()
-        made = made.map(columns, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        order = _shuffled(tf.range(len(data.files("train"))), _key(key, _FILES))
+        if shards is None:
+            made = tf.data.Dataset.from_tensor_slices((tf.gather(files, order), tf.gather(begins, order)))
+            made = made.interleave(blocks, cycle_length=_FILES_AT_ONCE)
+        else:
+            made = shards.blocks(order).interleave(shards.read, cycle_length=_FILES_AT_ONCE)
+        made = made.batch(buffer).enumerate()
+        made = made.map(lambda number, some: _blocks_shuffled(some, _key(_key(key, _BUFFERS), number))).unbatch()
+        cut = functools.partial(_numbered, layout) if shards is None else functools.partial(_part_numbered, layout)
+        made = made.map(cut, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         made = made.rebatch(super_rows).enumerate().map(functools.partial(_permuted, _key(key, _ROWS)))
         made = made.rebatch(batch_size, drop_remainder=True).enumerate()
         return made.map(lambda step, columns: (key, tf.cast(step, tf.int32), columns))
 
     return tf.data.Dataset.counter(first_epoch).flat_map(one_epoch), lambda columns: columns
+
+
+def _blocks_shuffled(some: Any, key: Tensor) -> Any:
+    """Records, or records with the rows that count in them, in another order."""
+    order = _shuffled(tf.range(tf.shape(tf.nest.flatten(some)[0])[0]), key)
+    return tf.nest.map_structure(lambda values: tf.gather(values, order), some)
+
+
+def _numbered(layout: Layout, record: Tensor, begin: Tensor) -> Columns:
+    """Columns of a block, and the numbers of its rows, of which `begin` is the first."""
+    made = parse(layout, record)
+    return {**made, _ROW: begin + tf.range(tf.shape(made["label"], tf.int64)[0])}
+
+
+def _part_numbered(layout: Layout, record: Tensor, begin: Tensor, first: Tensor, last: Tensor) -> Columns:
+    """The same of rows `first` to before `last` of the block."""
+    return {name: value[first:last] for name, value in _numbered(layout, record, begin).items()}
 
 
 def _permuted(key: Tensor, number: Tensor, columns: Columns) -> Columns:

@@ -139,6 +139,8 @@ class Training:
         Raises:
           OSError: The disk refused; the checkpoint before is as it was.
         """
+        # A checkpoint holds one value of each variable, so what goes on from here must have that one everywhere.
+        self.loop.settle()
         arrays: dict[str, Any] = {
             "model": (variable.numpy() for variable in self.model.variables),
             "optimizer": (variable.numpy() for variable in self.optimizer.variables),
@@ -163,6 +165,7 @@ class Training:
 
     def _one_epoch(self, iterator: Any, stop: Stop) -> None:
         row = self._train_epoch(iterator, stop)
+        self.loop.settle()
         row["learning_rate"] = float(self.optimizer.learning_rate)
         row["examples_per_second"] = self.steps * self.options.batch_size / self.seconds
         row["waiting_share"] = Totals(self.batches.spec.task, self.sums).waited / self.seconds
@@ -190,9 +193,10 @@ class Training:
             count = most(self.epoch * self.steps + done, min(count, total - done))
             call(count)
             done += count
-            taken = time.perf_counter() - started
+            # Of several processes all must do the same next, whatever each one's clock and signals say.
+            taken = self.loop.agreed(time.perf_counter() - started)
             self.seconds += taken
-            if stop.asked:
+            if self.loop.agreed(float(stop.asked)):
                 raise _Asked
             count = max(1, int(count * SECONDS_PER_CALL / taken))
 
@@ -209,7 +213,7 @@ class Training:
             if totals.finite_updates < self.done:
                 raise self._diverged("training loss", totals.finite_updates)
             self._tell(totals)
-            if self.done < self.steps and time.monotonic() - self.saved_at >= often:
+            if self.done < self.steps and self.loop.agreed(time.monotonic() - self.saved_at) >= often:
                 self._refuse_infinite_weights()
                 self.save()
 

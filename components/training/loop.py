@@ -16,6 +16,7 @@ import tensorflow as tf
 from components.artifacts import Task
 from components.distillation import Lesson
 from components.training.privacy import Privacy
+from components.workers import Statistics, agreed, shared
 
 Tensor = Any  # tf.Tensor; TensorFlow ships no usable types
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -120,12 +121,21 @@ class Loop:
         self._accumulate = accumulate
         self._privacy = privacy
         self._update = tf.function(self._train_step, jit_compile=True) if xla else self._train_step
+        self._statistics = Statistics(strategy, model.non_trainable_variables)
         self._advance = tf.function(self._advance_steps, jit_compile=False)
         self._evaluate = tf.function(self._evaluate_batches, jit_compile=False)
 
     def iterator(self, dataset: tf.data.Dataset) -> Any:
-        """An iterator over global batches, shared out to the replicas."""
-        return iter(self._strategy.experimental_distribute_dataset(dataset))
+        """An iterator over the batches of this process, shared out to its replicas."""
+        return iter(shared(self._strategy, dataset))
+
+    def settle(self) -> None:
+        """Lets all replicas have the same statistics; see `components.workers`."""
+        self._statistics.settle()
+
+    def agreed(self, seconds: float) -> float:
+        """What the workers took on average: each must cut its updates into calls as the others do."""
+        return agreed(self._strategy, seconds)
 
     def advance(self, iterator: Any, updates: int, totals: np.ndarray) -> np.ndarray:
         """Makes `updates` updates and returns `totals` with their sums added; the same numbers however they are cut."""

@@ -34,6 +34,7 @@ from components.training.precision import CHOICE, FLOAT16, Choice, choose, compu
 from components.training.privacy import KEY, Privacy, check_private, noise_key, promise
 from components.training.rematerialize import rematerialized
 from components.training.replicas import check_batch, rescaled
+from components.workers import check_share, several
 
 
 def train(
@@ -179,7 +180,7 @@ class _Maker:
             nonlocal count
             started = clock()
             loop.advance(iterator, count, Totals.START)
-            each = (clock() - started) / count
+            each = loop.agreed(clock() - started) / count
             count = max(1, int(SECONDS_PER_CALL / each))
             assign(self._model.variables, before)
             return each
@@ -200,6 +201,7 @@ def _check(options: TrainOptions, batches: Batches, strategy: tf.distribute.Stra
     """Returns the updates of one epoch."""
     replicas = strategy.num_replicas_in_sync
     check_batch(options.batch_size, replicas, _strategy_name(strategy), accumulate=options.accumulate)
+    check_share(strategy, batches)
     steps = batches.steps_per_epoch(options.batch_size)
     if steps == 0:
         rows = batches.rows["train"]
@@ -217,6 +219,8 @@ def _check(options: TrainOptions, batches: Batches, strategy: tf.distribute.Stra
 
 
 def _strategy_name(strategy: tf.distribute.Strategy) -> str:
+    if several(strategy):
+        return "multi_worker"
     kinds = {"mirrored": tf.distribute.MirroredStrategy, "tpu": tf.distribute.TPUStrategy}
     return next((name for name, kind in kinds.items() if isinstance(strategy, kind)), "default")
 

@@ -15,10 +15,13 @@ def test_a_tpu_that_is_not_there_is_an_error_of_the_configuration():
         check_strategy(StrategyOptions(tpu="local"), 64)
 
 
-@pytest.mark.parametrize("name", ["multi_worker"])
-def test_a_reserved_strategy_says_so_and_what_to_use(name):
-    with pytest.raises(ConfigError, match=rf"strategy\.name={name} is reserved, .* use mirrored or default\."):
-        check_strategy(StrategyOptions(name=name), 64)
+def test_the_batch_must_divide_by_the_workers():
+    check_strategy(StrategyOptions(name="multi_worker", workers=4), 64)
+    message = (
+        r"train\.batch_size=66 must divide by the 4 replicas of strategy 'multi_worker' \(remainder 2\): use 64 or 68\."
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_strategy(StrategyOptions(name="multi_worker", workers=4), 66)
 
 
 def test_the_batch_must_divide_by_the_devices():
@@ -34,6 +37,8 @@ def test_the_batch_must_divide_by_the_devices():
 def test_devices_without_mirrored_are_refused():
     with pytest.raises(ConfigError, match=r"strategy\.devices=2 applies to mirrored, got strategy\.name=default"):
         check_strategy(StrategyOptions(devices=2), 64)
+    with pytest.raises(ConfigError, match=r"strategy\.devices=2 applies to mirrored, got strategy\.name=multi_worker"):
+        check_strategy(StrategyOptions(name="multi_worker", workers=2, devices=2), 64)
 
 
 def in_a_fresh_process(code: str) -> str:
