@@ -69,7 +69,7 @@ def _pieces(count: int, x: Tensor, y: Tensor) -> tf.data.Dataset:
         fixed = [tf.ensure_shape(part, (size // count, *part.shape[1:])) for part in parts]
         return fixed[0], fixed[1]
 
-    return tf.data.Dataset.range(count).map(piece, deterministic=True)
+    return tf.data.Dataset.range(count).map(piece)
 
 
 def agreed(strategy: tf.distribute.Strategy, value: float) -> float:

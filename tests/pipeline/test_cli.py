@@ -58,6 +58,11 @@ def test_light_commands_load_no_heavy_library(tmp_path, arguments):
         (("run", "digits", "--force", "tain"), 2, "--force tain: not a stage"),
         (("run", "digits", "--set", "compress.recipes=[qat+prune]"), 2, "'prune' cannot follow 'qat'"),
         (("run", "digits", "--set", "strategy.name=tpu"), 2, "strategy.name=tpu is reserved"),
+        (
+            ("run", "digits", "--set", "strategy.name=multi_worker", "--set", "strategy.workers=2"),
+            2,
+            "must find the workers in the variable TF_CONFIG, which is not set",
+        ),
         (("inspect", "gone.tflite"), 2, "gone.tflite: there is no such file or folder"),
         (("verify", "gone"), 2, "gone: there is no such file or folder"),
         (("init", "nothing"), 2, "nothing"),

@@ -42,6 +42,11 @@ def trained(folder: pathlib.Path) -> list[np.ndarray]:
     return [variable.numpy() for variable in keras.saving.load_model(path, compile=False).variables]
 
 
+def validation(folder: pathlib.Path) -> list[float]:
+    (path,) = (folder / "workspace/store/train").glob("*/history.json")
+    return json.loads(path.read_text())["val_loss"]
+
+
 def compressed(folder: pathlib.Path) -> dict[str, list[np.ndarray]]:
     found = {}
     for path in (folder / "workspace/store/compress").glob("*/compressed.json"):
@@ -127,6 +132,7 @@ def test_a_killed_worker_comes_back_and_the_result_is_that_of_an_undisturbed_run
     name = "the chief" if index == 0 else "worker 1"
     assert f"trimline: {name} was killed by SIGKILL; started again (1 of 3)." in complained
     assert same(trained(tmp_path), trained(undisturbed))
+    assert validation(tmp_path) == validation(undisturbed)  # statistics of all workers have part in it
     ours, theirs = compressed(tmp_path), compressed(undisturbed)
     assert ours.keys() == theirs.keys() == {"prune@0.5", "prune@0.5+qat"}
     for recipe, weights in ours.items():

@@ -1,21 +1,27 @@
 """The walk: cached or called, one failed recipe among good ones, force and until. The stages' own work is left out here;
 tests/test_journey.py walks with the real ones."""
 
+import contextlib
 import dataclasses
 import io
+import json
 
 import pytest
 import rich.console
 
 from components.artifacts import write_json
-from components.errors import ModelError
+from components.errors import ContractError, ModelError, StoppedError, WorkerError
+from pipeline import follow as following
 from pipeline import plan as plan_module
+from pipeline import runner
 from pipeline.config import from_dict
+from pipeline.follow import follow
 from pipeline.runner import run, scope
 from pipeline.screen import Screen
 from pipeline.stage import Call
 from pipeline.stages import STAGES
 from pipeline.store import EVENTS
+from pipeline.team import Place
 
 CALLS: list[str] = []
 FAULTS: dict[str, Exception] = {}
@@ -200,3 +206,122 @@ def test_tensorboard_names_sort_as_the_journey_goes_and_lead_to_the_artifact(con
     assert link.is_symlink()
     assert not (tmp_path / "t" / "tensorboard" / "8-report").is_symlink(), "it would lead to nothing"
     assert link.resolve(strict=False) == plan.store.folder(plan.steps[1].key) / "tensorboard"
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+class StandIn:
+    """A team whose other members always do as the chief does."""
+
+    def __init__(self, fault=None, *, broken=False):
+        self.place = Place(0, ("a:1", "b:1"))
+        self.led_steps, self.dismissed = [], []
+        self.fault, self.breaks, self.broken = fault, broken, False
+
+    @contextlib.contextmanager
+    def led(self, step, folder, recipes):
+        self.led_steps.append((step, folder.name.endswith(".partial"), recipes))
+        if self.fault and step.startswith("compress"):
+            self.broken = self.breaks
+            raise self.fault
+        yield
+
+    def dismiss(self, error):
+        self.dismissed.append(error)
+
+
+@pytest.fixture
+def team_of(config, monkeypatch):
+    def made(**how):
+        team = StandIn(**how)
+        monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": {"worker": ["a:1", "b:1"]}, "task": TASK}))
+        monkeypatch.setattr(runner.Team, "join", lambda where, options: team)
+        strategy = config.strategy.model_copy(update={"name": "multi_worker", "workers": 2})
+        return team, config.model_copy(update={"strategy": strategy})
+
+    return made
+
+
+TASK = {"type": "worker", "index": 0}
+
+
+def test_the_chief_leads_the_steps_that_train_and_does_the_rest_alone(team_of):
+    team, config = team_of()
+    run(config)
+    recipes = ["int8", "prune@0.5+int8"]
+    assert team.led_steps == [("train", True, recipes), ("compress prune@0.5", True, recipes)]
+    assert len(CALLS) == ALL
+    assert team.dismissed == [None]
+
+
+def test_what_is_trained_already_asks_for_no_team_unless_it_is_forced(team_of):
+    team, config = team_of()
+    run(config)
+    run(config)
+    assert len(team.dismissed) == 1
+    run(config, force=["compress"])
+    assert len(team.dismissed) == 2
+    assert [name for name, *_ in team.led_steps] == ["train", "compress prune@0.5", "compress prune@0.5"]
+
+
+def test_a_fault_that_all_share_fails_the_recipe_and_one_that_only_the_chief_has_ends_the_run(team_of):
+    fault = ModelError("nothing to prune.")
+    team, config = team_of(fault=fault)
+    assert run(config).data["failures"] == {"prune@0.5+int8": "nothing to prune."}
+    team, config = team_of(fault=fault, broken=True)
+    with pytest.raises(ModelError, match=r"nothing to prune\."):
+        run(config)
+    assert team.dismissed == [fault]
+
+
+def test_a_lost_worker_ends_the_run_and_nobody_is_left_to_dismiss(team_of):
+    team, config = team_of(fault=WorkerError("worker 1 was lost."))
+    with pytest.raises(WorkerError, match=r"worker 1 was lost\."):
+        run(config)
+    assert team.dismissed == []
+
+
+class Led:
+    """A team as a worker sees it: says what the chief would."""
+
+    def __init__(self, *orders, folder):
+        self.place, self.folder, self.said = Place(1, ("a:1", "b:1")), folder, orders
+        self.taken = []
+
+    def orders(self):
+        yield from self.said
+
+    @contextlib.contextmanager
+    def followed(self, order):
+        self.taken.append(order["step"])
+        yield self.folder / order["step"]
+
+
+def order(step, recipes=("prune@0.5+int8",)):
+    return {"step": step, "folder": "f", "recipes": list(recipes)}
+
+
+def test_a_worker_takes_part_in_what_is_announced_and_writes_nothing_into_the_store(config, tmp_path):
+    run(config)
+    CALLS.clear()
+    before = sorted(tmp_path.rglob("*"))
+    scratch = tmp_path.parent / f"{tmp_path.name}-scratch"
+    for name in ("train", "compress prune@0.5"):
+        (scratch / name).mkdir(parents=True)
+    team = Led(order("train"), order("compress prune@0.5"), {"end": None}, folder=scratch)
+    follow(team, config, Screen.silent())
+    assert CALLS == team.taken == ["train", "compress prune@0.5"]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_worker_ends_as_the_chief_says(config, tmp_path):
+    follow(Led({"end": None}, folder=tmp_path), config, Screen.silent())
+    with pytest.raises(StoppedError, match=r"the chief ended the run: no such file\."):
+        follow(Led({"end": "no such file."}, folder=tmp_path), config, Screen.silent())
+
+
+def test_a_worker_that_does_not_see_the_workspace_says_so(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(following, "_APPEARS_SECONDS", 0.0)
+    with pytest.raises(ContractError, match=r"every worker must see what the chief made, and this one does not; put"):
+        follow(Led(order("train"), folder=tmp_path), config, Screen.silent())
