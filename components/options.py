@@ -307,6 +307,34 @@ class TrainOptions(Options):
     )
 
 
+class TuneRange(Options):
+    """Numbers to choose from: whole ones where both ends are."""
+
+    low: int | float
+    high: int | float
+    log: bool = Field(False, description="Every power of ten is as likely as the next.")
+
+    @pydantic.model_validator(mode="after")
+    def _rising(self) -> TuneRange:
+        if not self.low < self.high:
+            raise ValueError(f"low must be below high, got {self.low} and {self.high}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low must be above 0 where log is true, got {self.low}")
+        return self
+
+
+class TuneOptions(Options):
+    """What `trimline tune` searches; no part of a run."""
+
+    space: Annotated[dict[str, TuneRange | list[float | int | str | bool]], Field(min_length=1)] = Field(
+        description="Key of the configuration, 'train.optimizer.learning_rate' -> a range or a list of values."
+    )
+    trials: Count = 20
+    algorithm: Literal["bayesian", "random"] = Field(
+        "bayesian", description="bayesian: a Gaussian process over the trials so far proposes the next."
+    )
+
+
 # --- compression -------------------------------------------------------------------------------------------------
 
 

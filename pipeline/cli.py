@@ -169,6 +169,28 @@ def find_rate(config: ConfigPath, overrides: Sets = []) -> None:  # noqa: B006 -
         print(f"Picture:      {picture}")
 
 
+@app.command()
+def tune(
+    config: ConfigPath,
+    trials: Annotated[int | None, typer.Option(min=1, help="How many; by default tune.trials.")] = None,
+    overrides: Sets = [],  # noqa: B006 - typer copies it
+) -> None:
+    """Search for the values under `tune` with which the base training is best on validation rows; writes tuned.yaml.
+
+    Every trial is kept: Ctrl-C loses nothing, and the same command goes on where it stopped.
+    """
+    from pipeline import tables
+    from pipeline import tune as search
+    from pipeline.config import load_config
+    from pipeline.runner import LOG, run_folder
+
+    with _errors():
+        loaded = load_config(config, overrides)
+        with _screen(run_folder(loaded) / LOG, show=True) as screen:
+            found = search.tune(search.of_file(config, overrides), trials, screen)
+        tables.show_tuned(found)
+
+
 tpu_app = typer.Typer(
     help="What can be said about a training on TPUs without one.", no_args_is_help=True, rich_markup_mode=None
 )

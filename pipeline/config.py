@@ -35,6 +35,7 @@ from components.options import (
     Source,
     StrategyOptions,
     TrainOptions,
+    TuneOptions,
 )
 from pipeline import adopt, rules, yaml_text
 from pipeline.contradictions import NAME, contradictions
@@ -67,6 +68,7 @@ class Config(Options):
     measure: MeasureOptions = MeasureOptions()
     select: SelectOptions = SelectOptions()
     bundle: BundleOptions = BundleOptions()
+    tune: TuneOptions | None = None
 
     @pydantic.model_validator(mode="after")
     def _possible(self) -> Config:

@@ -14,6 +14,7 @@ from pipeline.plan import Plan
 from pipeline.preflight import Finding
 from pipeline.results import Results
 from pipeline.search import OPENERS
+from pipeline.tune import Tuned
 
 WIDE = 100  # columns of a terminal
 FOR_WIDE = ("of float32", "sparsity")  # left out where it is narrower: the report has them too
@@ -180,3 +181,20 @@ def show_predictions(predictions: list[dict[str, Any]], *, as_json: bool) -> Non
         return
     for each in predictions:
         print("\t".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in each.values()))
+
+
+def show_tuned(found: Tuned) -> None:
+    """The trials of a search, the best first, and the configuration that came of it."""
+    console = _console()
+    sign = -1 if found.metric == "accuracy" else 1
+    keys = list(found.trials[0].values)
+    table = _table(f"{len(found.trials)} trials, judged on validation rows", "trial", found.metric, *keys)
+    for trial in sorted(found.trials, key=lambda each: (each.score is None, sign * (each.score or 0.0))):
+        score = "failed" if trial.score is None else f"{trial.score:.4f}"
+        values = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in trial.values.values())
+        table.add_row(str(trial.number), score, *values, style="bold green" if trial == found.best else None)
+    console.print(table)
+    for trial in found.trials:
+        if trial.reason:
+            console.print(f"trial {trial.number}: {trial.reason}", soft_wrap=True)
+    console.print(f"Best:         {found.file}: trimline run {found.file}", soft_wrap=True)

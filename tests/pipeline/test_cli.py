@@ -8,7 +8,19 @@ import jsonschema
 import pytest
 import yaml
 
-COMMANDS = ["run", "compress", "find-rate", "plan", "init", "inspect", "verify", "predict", "tensorboard", "schema"]
+COMMANDS = [
+    "run",
+    "compress",
+    "find-rate",
+    "tune",
+    "plan",
+    "init",
+    "inspect",
+    "verify",
+    "predict",
+    "tensorboard",
+    "schema",
+]
 
 
 def trimline(*arguments, folder):

@@ -115,8 +115,8 @@ def once(there: Callable[[], bool], launcher: subprocess.Popen[str], seconds: fl
 @pytest.mark.parametrize(
     ("index", "stage", "sign"),
     [
-        (1, "train", "checkpoint-000002.npz"),
-        (0, "train", "checkpoint-000003.npz"),
+        (1, "train", "checkpoint-000000032"),
+        (0, "train", "checkpoint-000000048"),
         (1, "compress", "checkpoints/ckpt-1.index"),
     ],
 )
@@ -142,7 +142,7 @@ def test_a_killed_worker_comes_back_and_the_result_is_that_of_an_undisturbed_run
 @pytest.mark.slow
 def test_ctrl_c_stops_every_process(tmp_path):
     process = start(tmp_path, "launch", "two.yaml", "--workers", "2")
-    once(lambda: any((tmp_path / "workspace/store/train").glob("*.partial/checkpoint-000001.npz")), process)
+    once(lambda: any((tmp_path / "workspace/store/train").glob("*.partial/checkpoint-000000016")), process)
     crew = psutil.Process(process.pid).children()
     assert len(crew) == 2
     process.send_signal(signal.SIGINT)
