@@ -261,6 +261,25 @@ class CompressDistillation(Distillation):
     )
 
 
+class TransferOptions(Options):
+    """For a model that is trained already, model.file or a builder that loads weights."""
+
+    frozen: list[Pattern] = Field(
+        [], description="Layers that do not train at first: names, or regular expressions for whole names."
+    )
+    unfreeze_epoch: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Epoch from which they train too, 1 is the first; null: they never do."
+    )
+    unfreeze_rate: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.1, description="Factor on the learning rate from that epoch on."
+    )
+    lora: Count | None = Field(
+        None,
+        description="Rank of corrections that are trained beside kernels, which stay (Hu et al. 2021, arXiv 2106.09685); the last "
+        "layer trains whole. What is saved has them added in.",
+    )
+
+
 class PrivacyOptions(Options):
     """Differentially private training: no single row can move the model far (Abadi et al. 2016, arXiv 1607.00133)."""
 
@@ -283,6 +302,7 @@ class TrainOptions(Options):
     label_smoothing: Fraction = 0.0
     augmentation: Augmentation = Augmentation()
     distill: TrainDistillation | None = None
+    transfer: TransferOptions | None = None
     privacy: PrivacyOptions | None = None
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = Field(
         "auto",

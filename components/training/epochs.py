@@ -23,6 +23,7 @@ from components.training.checkpoint import Checkpoint
 from components.training.insight import Profiler, insight, peak_memory
 from components.training.loop import Loop, Totals
 from components.training.stop import Stop
+from components.training.transfer import Stages
 
 SECONDS_PER_CALL = 0.25
 """How often progress is told and a signal heard; a call's fixed cost of some 2 ms stays below 1 percent of it."""
@@ -58,6 +59,8 @@ class Training:
     best_epoch: int = 0
     best: list[np.ndarray] = dataclasses.field(default_factory=list)
     saved_at: float = dataclasses.field(default_factory=time.monotonic)
+    stages: Stages | None = None
+    remake: Callable[[], Loop] | None = None  # a loop that sees what `stages` changed
 
     def __post_init__(self) -> None:
         self._profiler = Profiler(self.options.profile, self.trace.folder)
@@ -125,7 +128,7 @@ class Training:
         if self.options.optimizer.ema is None or not self.options.epochs:
             yield
             return
-        weights = self.model.trainable_variables
+        weights = self.model.trainable_variables if self.stages is None else self.stages.variables
         before = [variable.numpy() for variable in weights]
         self.optimizer.finalize_variable_values(weights)
         try:
@@ -164,6 +167,8 @@ class Training:
         return bool(self.epoch >= self.options.epochs or out_of_patience)
 
     def _one_epoch(self, iterator: Any, stop: Stop) -> None:
+        if self.stages is not None and self.remake is not None and self.stages.enter(self.epoch):
+            self.loop = self.remake()
         row = self._train_epoch(iterator, stop)
         self.loop.settle()
         row["learning_rate"] = float(self.optimizer.learning_rate)

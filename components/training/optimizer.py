@@ -23,13 +23,19 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         exponential    r * decay ** (u / d)
         step           r * decay ** floor(u / d)
 
+    From update `drop[0]` on all of it times `drop[1]`.
+
     Args:
       options: The rates; epochs in them count as `steps_per_epoch` updates.
       steps_per_epoch: Updates in one epoch.
       epochs: Length of the training; the cosine reaches zero at its end.
+      drop: (update, factor).
     """
 
-    def __init__(self, options: OptimizerOptions, steps_per_epoch: int, epochs: int) -> None:
+    def __init__(
+        self, options: OptimizerOptions, steps_per_epoch: int, epochs: int, drop: tuple[int, float] = (0, 1.0)
+    ) -> None:
+        self.drop = drop
         self.options = options
         self.steps_per_epoch = steps_per_epoch
         self.epochs = epochs
@@ -41,6 +47,8 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         """The rate of update `step` (0 is the first), float32 scalar."""
         after = tf.cast(step, tf.float32) - float(self._warmup)
         rate = self.options.learning_rate * self._shape(tf.maximum(after, 0.0))
+        if self.drop[1] != 1.0:
+            rate = tf.where(tf.cast(step, tf.int64) >= self.drop[0], rate * self.drop[1], rate)
         if not self._warmup:
             return rate
         rise = self.options.learning_rate * (after + 1.0 + self._warmup) / self._warmup
@@ -61,6 +69,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
             "options": self.options.model_dump(),
             "steps_per_epoch": self.steps_per_epoch,
             "epochs": self.epochs,
+            "drop": self.drop,
         }
 
 

@@ -10,6 +10,7 @@ holds weights, optimizer and the random states of the layers.
 from __future__ import annotations
 
 import contextlib
+import functools
 import pathlib
 import time
 from collections.abc import Callable
@@ -29,11 +30,12 @@ from components.training.fused import fused_normalization
 from components.training.insight import in_words
 from components.training.loop import Loop, Totals, make_loss
 from components.training.model import outputs_of
-from components.training.optimizer import make_optimizer
+from components.training.optimizer import Schedule, make_optimizer
 from components.training.precision import CHOICE, FLOAT16, Choice, choose, computed_in, kind_of
 from components.training.privacy import KEY, Privacy, check_private, noise_key, promise
 from components.training.rematerialize import rematerialized
 from components.training.replicas import check_batch, rescaled
+from components.training.transfer import merged, transferred
 from components.workers import check_share, several
 
 
@@ -90,13 +92,15 @@ def train(
         if options.privacy is not None:
             check_private(model)
             promised = {"privacy": _promise(options, steps, batches, trace)}
+        stages = stack.enter_context(transferred(model, options.transfer)) if options.transfer else None
         fused = stack.enter_context(fused_normalization(model))
         if options.rematerialize:
             again = stack.enter_context(rematerialized(model))
             trace.tell(
                 f"rematerialized: {len(again)} layers, {', '.join(again[:5])}{', ...' if len(again) > 5 else ''}"
             )
-        make = _Maker(options, model, batches, strategy, steps, outputs, lesson, seed, folder)
+        variables = model.trainable_variables if stages is None else stages.variables
+        make = _Maker(options, model, variables, batches, strategy, steps, outputs, lesson, seed, folder)
         chosen = Choice("float32", "nothing is trained")
         if options.epochs:
             examples = options.epochs * steps * options.batch_size
@@ -105,15 +109,17 @@ def train(
                 f"precision: {chosen}" + (f"; {fused} batch normalizations on the fused kernel" if fused else "")
             )
         stack.enter_context(computed_in(model, chosen.precision, make.kind))
-        optimizer, loop = make.loop(chosen.precision)
-        run = Training(options, model, optimizer, loop, batches, folder, steps, seed, trace)
+        optimizer = make.optimizer(chosen.precision)
+        run = Training(options, model, optimizer, make.loop(optimizer), batches, folder, steps, seed, trace)
+        run.stages, run.remake = stages, functools.partial(make.loop, optimizer)
         run.resume()
         _trace_graph(trace, model)
         run.to_the_end()
         learned = run.learned() if options.epochs else run.taken_over()
         if "speed" in learned:
             trace.tell(in_words(learned["speed"]))
-    return _finish(run, {"outputs": outputs, "precision": chosen.precision, **learned, **promised})
+    facts = {"outputs": outputs, "precision": chosen.precision, **learned, **promised}
+    return _finish(run, facts, build_model)
 
 
 class _Maker:
@@ -123,6 +129,7 @@ class _Maker:
         self,
         options: TrainOptions,
         model: keras.Model,
+        variables: list[Any],
         batches: Batches,
         strategy: tf.distribute.Strategy,
         steps: int,
@@ -134,21 +141,31 @@ class _Maker:
         self.kind = kind_of(strategy)
         self._options, self._model, self._batches, self._strategy = options, model, batches, strategy
         self._steps, self._lesson, self._seed = steps, lesson, seed
+        self._variables = variables
         self._loss = make_loss(batches.spec.task, outputs, options.label_smoothing)
         self._privacy = None
         if options.privacy is not None:
             replicas = strategy.num_replicas_in_sync
             self._privacy = Privacy(options.privacy, options.batch_size, replicas, noise_key(folder))
 
-    def loop(self, precision: str) -> tuple[keras.optimizers.Optimizer, Loop]:
-        """An optimizer that made no update yet, and the loop that uses it."""
+    def optimizer(self, precision: str) -> keras.optimizers.Optimizer:
+        """One that made no update yet, for all that will ever be trained."""
         options = self._options
+        transfer, drop = options.transfer, (0, 1.0)
+        if transfer is not None and transfer.unfreeze_epoch is not None:
+            drop = ((transfer.unfreeze_epoch - 1) * self._steps, transfer.unfreeze_rate)
         with self._strategy.scope():
-            optimizer = make_optimizer(
-                options.optimizer, self._steps, max(1, options.epochs), scaled=precision == FLOAT16
+            rate = Schedule(options.optimizer, self._steps, max(1, options.epochs), drop)
+            made = make_optimizer(
+                options.optimizer, self._steps, max(1, options.epochs), scaled=precision == FLOAT16, rate=rate
             )
-            optimizer.build(self._model.trainable_variables)
-        loop = Loop(
+            made.build(self._variables)
+        return made
+
+    def loop(self, optimizer: keras.optimizers.Optimizer) -> Loop:
+        """The update of what is trainable now, in the precision that the model computes in now."""
+        options = self._options
+        return Loop(
             self._model,
             optimizer,
             self._loss,
@@ -159,7 +176,6 @@ class _Maker:
             xla=self.kind != "CPU" if options.xla == "auto" else options.xla,
             privacy=self._privacy,
         )
-        return optimizer, loop
 
     def timer(self, precision: str) -> Callable[[], float]:
         """See `choose`. The model has its weights back after each use.
@@ -170,7 +186,7 @@ class _Maker:
         batch = self._batches.training(self._options.batch_size, self._seed, 0).take(1).cache().repeat()
         before = [variable.numpy() for variable in self._model.variables]
         with computed_in(self._model, precision, self.kind):
-            _, loop = self.loop(precision)
+            loop = self.loop(self.optimizer(precision))
             iterator = loop.iterator(batch)
             loop.advance(iterator, 2, Totals.START)  # traced here, while the model computes in this precision
         assign(self._model.variables, before)
@@ -246,17 +262,19 @@ def _trace_graph(trace: Trace, model: keras.Model) -> None:
     trace.graph(model.name, tf.function(lambda x: model(x, training=False)).get_concrete_function(spec))
 
 
-def _finish(run: Training, facts: dict[str, Any]) -> TrainedModel:
+def _finish(run: Training, facts: dict[str, Any], build_model: Callable[[], keras.Model]) -> TrainedModel:
     """Writes the files, the face last, and removes the checkpoints."""
     if run.best:
         assign(run.model.variables, run.best)
     made = TrainedModel(run.folder)
     temporary = run.folder / ".model.keras"
     with contextlib.nullcontext() if run.best else run.averaged():  # the best weights are averages already
-        run.model.save(temporary)
+        transfer = run.options.transfer
+        model = merged(run.model, build_model) if transfer is not None and transfer.lora else run.model
+        model.save(temporary)
     temporary.replace(made.file)
     write_json(run.folder / "history.json", run.history)
-    counts = {"parameters": run.model.count_params(), "epochs": run.epoch, "best_epoch": run.best_epoch}
+    counts = {"parameters": model.count_params(), "epochs": run.epoch, "best_epoch": run.best_epoch}
     write_json(run.folder / "trained.json", {**counts, **facts})
     checkpoint.remove(run.folder)
     for name in (CHOICE, KEY):

@@ -113,19 +113,19 @@ def once(there: Callable[[], bool], launcher: subprocess.Popen[str], seconds: fl
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("index", "stage", "sign"),
+    ("index", "stage", "sign", "count"),
     [
-        (1, "train", "checkpoint-000000032"),
-        (0, "train", "checkpoint-000000048"),
-        (1, "compress", "checkpoints/ckpt-1.index"),
+        (1, "train", "checkpoint-*", 2),
+        (0, "train", "checkpoint-*", 3),
+        (1, "compress", "checkpoints/ckpt-1.index", 1),
     ],
 )
 def test_a_killed_worker_comes_back_and_the_result_is_that_of_an_undisturbed_run(
-    undisturbed, tmp_path, index, stage, sign
+    undisturbed, tmp_path, index, stage, sign, count
 ):
     process = start(tmp_path, "launch", "two.yaml", "--workers", "2")
     attempts = tmp_path / "workspace/store" / stage
-    once(lambda: any(attempts.glob(f"*.partial/{sign}")), process)
+    once(lambda: len(list(attempts.glob(f"*.partial/{sign}"))) >= count, process)
     worker(process, index).send_signal(signal.SIGKILL)
     _, complained = process.communicate(timeout=300)
     assert process.returncode == 0, complained
@@ -142,7 +142,7 @@ def test_a_killed_worker_comes_back_and_the_result_is_that_of_an_undisturbed_run
 @pytest.mark.slow
 def test_ctrl_c_stops_every_process(tmp_path):
     process = start(tmp_path, "launch", "two.yaml", "--workers", "2")
-    once(lambda: any((tmp_path / "workspace/store/train").glob("*.partial/checkpoint-000000016")), process)
+    once(lambda: any((tmp_path / "workspace/store/train").glob("*.partial/checkpoint-*")), process)
     crew = psutil.Process(process.pid).children()
     assert len(crew) == 2
     process.send_signal(signal.SIGINT)
