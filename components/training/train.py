@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,19 +19,18 @@ import keras
 import tensorflow as tf
 
 from components.artifacts import Batches, TrainedModel, write_json
-from components.distillation import Lesson, Teacher, make_lesson
+from components.distillation import Teacher, make_lesson
 from components.errors import ConfigError, DataError, ModelError
 from components.options import ModelOptions, TrainOptions
 from components.tracing import Trace
 from components.training import checkpoint
-from components.training.epochs import SECONDS_PER_CALL, Training, assign
+from components.training.epochs import Training, assign
 from components.training.fused import fused_normalization
 from components.training.insight import in_words
-from components.training.loop import Loop, Totals, make_loss
+from components.training.maker import Maker
 from components.training.model import outputs_of
-from components.training.optimizer import Schedule, make_optimizer
-from components.training.precision import CHOICE, FLOAT16, Choice, choose, computed_in, kind_of
-from components.training.privacy import KEY, Privacy, check_private, noise_key, promise
+from components.training.precision import CHOICE, Choice, choose, computed_in
+from components.training.privacy import KEY, check_private, promise
 from components.training.rematerialize import rematerialized
 from components.training.replicas import check_batch, rescaled
 from components.training.transfer import merged, transferred
@@ -100,7 +98,18 @@ def train(
                 f"rematerialized: {len(again)} layers, {', '.join(again[:5])}{', ...' if len(again) > 5 else ''}"
             )
         variables = model.trainable_variables if stages is None else stages.variables
-        make = _Maker(options, model, variables, batches, strategy, steps, outputs, lesson, seed, folder)
+        make = Maker(
+            options=options,
+            model=model,
+            variables=variables,
+            batches=batches,
+            strategy=strategy,
+            steps=steps,
+            outputs=outputs,
+            lesson=lesson,
+            seed=seed,
+            folder=folder,
+        )
         chosen = Choice("float32", "nothing is trained")
         if options.epochs:
             examples = options.epochs * steps * options.batch_size
@@ -120,88 +129,6 @@ def train(
             trace.tell(in_words(learned["speed"]))
     facts = {"outputs": outputs, "precision": chosen.precision, **learned, **promised}
     return _finish(run, facts, build_model)
-
-
-class _Maker:
-    """Makes the compiled update of one model in any precision, and times it on one batch of the data."""
-
-    def __init__(
-        self,
-        options: TrainOptions,
-        model: keras.Model,
-        variables: list[Any],
-        batches: Batches,
-        strategy: tf.distribute.Strategy,
-        steps: int,
-        outputs: Any,
-        lesson: Lesson | None,
-        seed: int,
-        folder: pathlib.Path,
-    ) -> None:
-        self.kind = kind_of(strategy)
-        self._options, self._model, self._batches, self._strategy = options, model, batches, strategy
-        self._steps, self._lesson, self._seed = steps, lesson, seed
-        self._variables = variables
-        self._loss = make_loss(batches.spec.task, outputs, options.label_smoothing)
-        self._privacy = None
-        if options.privacy is not None:
-            replicas = strategy.num_replicas_in_sync
-            self._privacy = Privacy(options.privacy, options.batch_size, replicas, noise_key(folder))
-
-    def optimizer(self, precision: str) -> keras.optimizers.Optimizer:
-        """One that made no update yet, for all that will ever be trained."""
-        options = self._options
-        transfer, drop = options.transfer, (0, 1.0)
-        if transfer is not None and transfer.unfreeze_epoch is not None:
-            drop = ((transfer.unfreeze_epoch - 1) * self._steps, transfer.unfreeze_rate)
-        with self._strategy.scope():
-            rate = Schedule(options.optimizer, self._steps, max(1, options.epochs), drop)
-            made = make_optimizer(
-                options.optimizer, self._steps, max(1, options.epochs), scaled=precision == FLOAT16, rate=rate
-            )
-            made.build(self._variables)
-        return made
-
-    def loop(self, optimizer: keras.optimizers.Optimizer) -> Loop:
-        """The update of what is trainable now, in the precision that the model computes in now."""
-        options = self._options
-        return Loop(
-            self._model,
-            optimizer,
-            self._loss,
-            self._batches.spec.task,
-            self._strategy,
-            self._lesson,
-            accumulate=options.accumulate,
-            xla=self.kind != "CPU" if options.xla == "auto" else options.xla,
-            privacy=self._privacy,
-        )
-
-    def timer(self, precision: str) -> Callable[[], float]:
-        """See `choose`. The model has its weights back after each use.
-
-        On a CPU by processor time: another program beside must not decide which precision is the faster one.
-        """
-        clock = time.process_time if self.kind == "CPU" else time.perf_counter
-        batch = self._batches.training(self._options.batch_size, self._seed, 0).take(1).cache().repeat()
-        before = [variable.numpy() for variable in self._model.variables]
-        with computed_in(self._model, precision, self.kind):
-            loop = self.loop(self.optimizer(precision))
-            iterator = loop.iterator(batch)
-            loop.advance(iterator, 2, Totals.START)  # traced here, while the model computes in this precision
-        assign(self._model.variables, before)
-        count = 1
-
-        def seconds() -> float:
-            nonlocal count
-            started = clock()
-            loop.advance(iterator, count, Totals.START)
-            each = loop.agreed(clock() - started) / count
-            count = max(1, int(SECONDS_PER_CALL / each))
-            assign(self._model.variables, before)
-            return each
-
-        return seconds
 
 
 def _rescale(options: TrainOptions, strategy: tf.distribute.Strategy, trace: Trace) -> TrainOptions:

@@ -1,0 +1,114 @@
+"""Maker: the compiled update of one model, in any precision and for whatever trains just now; and how long it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import keras
+import tensorflow as tf
+
+from components.artifacts import Batches
+from components.distillation import Lesson
+from components.options import TrainOptions
+from components.training.epochs import SECONDS_PER_CALL, assign
+from components.training.loop import Loop, Totals, make_loss
+from components.training.optimizer import Schedule, make_optimizer
+from components.training.precision import FLOAT16, computed_in, kind_of
+from components.training.privacy import Privacy, noise_key
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Maker:
+    """What an update is made of, but for precision and optimizer.
+
+    Attributes:
+      options: Of the training.
+      model: Built under `strategy`.
+      variables: All that will ever be trained.
+      batches: The data.
+      strategy: See `pipeline.strategy`.
+      steps: Updates of an epoch.
+      outputs: What a classifier returns.
+      lesson: What a teacher adds.
+      seed: Fixes the order of the examples.
+      folder: Of the training; keeps the key of private noise.
+    """
+
+    options: TrainOptions
+    model: keras.Model
+    variables: list[Any]
+    batches: Batches
+    strategy: tf.distribute.Strategy
+    steps: int
+    outputs: Literal["logits", "probabilities"]
+    lesson: Lesson | None
+    seed: int
+    folder: pathlib.Path
+
+    @property
+    def kind(self) -> str:
+        """'CPU', 'GPU' or 'TPU'."""
+        return kind_of(self.strategy)
+
+    def optimizer(self, precision: str) -> keras.optimizers.Optimizer:
+        """One that made no update yet, for all that will ever be trained."""
+        options = self.options
+        transfer, drop = options.transfer, (0, 1.0)
+        if transfer is not None and transfer.unfreeze_epoch is not None:
+            drop = ((transfer.unfreeze_epoch - 1) * self.steps, transfer.unfreeze_rate)
+        with self.strategy.scope():
+            rate = Schedule(options.optimizer, self.steps, max(1, options.epochs), drop)
+            made = make_optimizer(
+                options.optimizer, self.steps, max(1, options.epochs), scaled=precision == FLOAT16, rate=rate
+            )
+            made.build(self.variables)
+        return made
+
+    def loop(self, optimizer: keras.optimizers.Optimizer) -> Loop:
+        """The update of what is trainable now, in the precision that the model computes in now."""
+        options, task = self.options, self.batches.spec.task
+        privacy = None
+        if options.privacy is not None:
+            replicas = self.strategy.num_replicas_in_sync
+            privacy = Privacy(options.privacy, options.batch_size, replicas, noise_key(self.folder))
+        return Loop(
+            self.model,
+            optimizer,
+            make_loss(task, self.outputs, options.label_smoothing),
+            task,
+            self.strategy,
+            self.lesson,
+            accumulate=options.accumulate,
+            xla=self.kind != "CPU" if options.xla == "auto" else options.xla,
+            privacy=privacy,
+        )
+
+    def timer(self, precision: str) -> Callable[[], float]:
+        """See `choose`. The model has its weights back after each use.
+
+        On a CPU by processor time: another program beside must not decide which precision is the faster one.
+        """
+        clock = time.process_time if self.kind == "CPU" else time.perf_counter
+        batch = self.batches.training(self.options.batch_size, self.seed, 0).take(1).cache().repeat()
+        before = [variable.numpy() for variable in self.model.variables]
+        with computed_in(self.model, precision, self.kind):
+            loop = self.loop(self.optimizer(precision))
+            iterator = loop.iterator(batch)
+            loop.advance(iterator, 2, Totals.START)  # traced here, while the model computes in this precision
+        assign(self.model.variables, before)
+        count = 1
+
+        def seconds() -> float:
+            nonlocal count
+            started = clock()
+            loop.advance(iterator, count, Totals.START)
+            each = loop.agreed(clock() - started) / count
+            count = max(1, int(SECONDS_PER_CALL / each))
+            assign(self.model.variables, before)
+            return each
+
+        return seconds
