@@ -290,7 +290,7 @@ def test_a_source_is_judged_by_its_own_kind(here, source):
 
 MODELS = {
     "{}": "model: give exactly one of name, builder, file; got none.",
-    "{name: mpl}": "model.name must be one of linear, mlp, cnn, resnet8, mobilenet, wide_and_deep, or null, got 'mpl'; write "
+    "{name: mpl}": "model.name must be one of linear, mlp, cnn, resnet8, mobilenet, transformer, wide_and_deep, or null, got 'mpl'; write "
     "mlp.",
     "{builder: build}": "model.builder must be 'package.module:function' or 'file.py:function', got 'build'; put a colon "
     "before the function's name.",
