@@ -93,7 +93,7 @@ def place(options: StrategyOptions, environment: Mapping[str, str] = os.environ)
         found = index + (len(cluster.get("chief", ())) if kind == "worker" else 0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"TF_CONFIG must be JSON with cluster.worker and task.type and task.index, got {text[:80]!r} ({type(error).__name__}: {error}); "
+            f"TF_CONFIG must be JSON with the worker list of a cluster and the type and index of a task, got {text[:80]!r} ({type(error).__name__}: {error}); "
             'for instance {"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": {"type": "worker", "index": 0}}.'
         ) from error
     if not all(re.fullmatch(r".+:\d+", each) for each in addresses):

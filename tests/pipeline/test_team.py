@@ -37,7 +37,10 @@ def test_other_strategies_do_not_look():
     ("environment", "message"),
     [
         ({}, r"TF_CONFIG, which is not set; .* trimline launch CONFIG --workers 2\."),
-        ({"TF_CONFIG": "{"}, r"TF_CONFIG must be JSON with cluster\.worker .*, got '\{' \(JSONDecodeError"),
+        (
+            {"TF_CONFIG": "{"},
+            r"TF_CONFIG must be JSON with the worker list of a cluster .*, got '\{' \(JSONDecodeError",
+        ),
         ({"TF_CONFIG": "{}"}, r"got '\{\}' \(KeyError: 'cluster'\); for instance"),
         (
             told({"type": "worker", "index": 2}),
