@@ -94,11 +94,12 @@ def infer(seen: Peek, source: Source, options: PreprocessOptions, task: Task | N
     _check_names(seen, source, options)
     missing = tuple(strip(cell) for cell in getattr(source, "missing", ()))
     ending = getattr(source, "label_strip", "")
-    found = task or guess_task(seen.labels, ending)
+    # Token numbers as labels look like values to predict.
+    found = task or ("classification" if source.kind == "text" else guess_task(seen.labels, ending))
     if seen.kind == "image":
         return Schema(kind="image", task=found, shape=_picture_shape(seen.shape, options), pixels=options.pixels)
     if seen.kind == "values":
-        usual = ColumnOptions(rule="none" if source.kind == "line" else "standardise")  # a line is read off its weights
+        usual = ColumnOptions(rule="none" if source.kind in ("line", "text") else "standardise")  # a line is read off its weights
         rule = options.columns.get("x", usual).rule
         return Schema(kind="values", task=found, shape=seen.shape, rule=rule)
     label = getattr(source, "label", "")
