@@ -158,6 +158,11 @@ class PreprocessOptions(Options):
     pixels: Pixels = Field("zero_to_one", description="The range in which a model gets pictures.")
     columns: dict[str, ColumnOptions] = Field({}, description="By column name; others follow `auto`.")
     select: FeatureSelection | None = None
+    transform: str | None = Field(
+        None,
+        description="transform.json of an earlier preprocess folder: features are made as it says, nothing is fitted, and data of "
+        "another schema are refused. For model.file that was trained there.",
+    )
     splits: SplitOptions = SplitOptions()
 
 
@@ -177,9 +182,9 @@ class Augmentation(Options):
 class ModelOptions(Options):
     """Exactly one of a name from the zoo, an import path to a builder, or a `.keras` file."""
 
-    name: Literal["linear", "mlp", "cnn", "resnet8", "mobilenet", "wide_and_deep", "text_encoder", "causal_lm"] | None = (
-        None
-    )
+    name: (
+        Literal["linear", "mlp", "cnn", "resnet8", "mobilenet", "wide_and_deep", "text_encoder", "causal_lm"] | None
+    ) = None
     builder: str | None = Field(None, description="'package.module:function' or 'file.py:function'.")
     file: str | None = Field(None, description="A saved `.keras` model to start from.")
     options: dict[str, float | int | str | bool | list[int]] = Field(

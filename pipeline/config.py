@@ -261,6 +261,8 @@ def _path_places(data: dict[str, Any]) -> Iterator[tuple[Any, Any, KeyPath]]:
             if isinstance(files := source[key], list):
                 places += [(files, index, ("source", key, index)) for index in range(len(files))]
             places.append((source, key, ("source", key)))
+    if isinstance(preprocess := data.get("preprocess"), dict):
+        places.append((preprocess, "transform", ("preprocess", "transform")))
     for section in ("train", "compress"):
         teachers = (section, "distill", "teacher")
         if isinstance(files := _at(data, teachers), list):

@@ -44,6 +44,11 @@ def _source_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
     if isinstance(source, LineSource) and config.task == "classification":
         yield ("task",), "task must be regression or auto for source kind line, got classification; leave it out."
     yield from _text_contradictions(config)
+    if preprocess.transform is not None and preprocess.select is not None:
+        yield (
+            ("preprocess", "select"),
+            "preprocess.select chooses columns anew, got it beside preprocess.transform, whose columns stay; leave one out.",
+        )
     named = {("preprocess", "splits", "group"): [preprocess.splits.group] if preprocess.splits.group else []}
     named |= {("preprocess", "columns", name): [name] for name in preprocess.columns}
     for path, columns in named.items():
@@ -70,6 +75,11 @@ def _text_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
         yield (
             ("model", "options", "vocabulary"),
             f"model.options.vocabulary must be the {wanted} token numbers of the source, got {shown(known)}; write {wanted}.",
+        )
+    if config.export.io != "float32":
+        yield (
+            ("export", "io"),
+            f"export.io must be float32 for token numbers, which {config.export.io} would merge; leave it out.",
         )
     if config.train.augmentation.noise:
         yield (

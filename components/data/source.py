@@ -111,9 +111,7 @@ def _check_paths(source: Source) -> None:
             path = pathlib.Path(text)
             if isinstance(source, ImagesSource | TextSource) and not path.is_dir():
                 what = "a folder" if getattr(source, "learn", "class") == "next" else "a folder with one folder a class"
-                raise ConfigError(
-                    f"source.{key}: {what} is needed, got '{path}'; correct the path."
-                )
+                raise ConfigError(f"source.{key}: {what} is needed, got '{path}'; correct the path.")
             if not isinstance(source, ImagesSource | TextSource) and not path.is_file():
                 raise ConfigError(
                     f"source.{key}: a file is needed, got '{path}', which is not there; correct the path."

@@ -82,7 +82,9 @@ class _Tokens(Options):
         seen = np.tril(np.ones((1, 1, length, length), np.float32))
         scores = ops.tanh(scores) * (BOUND * seen) + (seen - 1) * HIDDEN
         x = ops.matmul(layers.Softmax(name=f"{name}_softmax")(scores), value)
-        x = layers.Reshape((length, self.width), name=f"{name}_joined")(layers.Permute((2, 1, 3), name=f"{name}_last")(x))
+        x = layers.Reshape((length, self.width), name=f"{name}_joined")(
+            layers.Permute((2, 1, 3), name=f"{name}_last")(x)
+        )
         return layers.Dense(self.width, name=f"{name}_output")(x)
 
     def _joined(self, x: Tensor, branch: Tensor, name: str) -> Tensor:

@@ -77,7 +77,9 @@ def test_texts_go_through_preprocessing_as_they_are(tmp_path):
 
 
 def test_next_tokens_are_classes_though_they_are_numbers(tmp_path):
-    root = write(tmp_path / "raw", {"a.txt": "".join(np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), 9000))})
+    root = write(
+        tmp_path / "raw", {"a.txt": "".join(np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), 9000))}
+    )
     source = TextSource(kind="text", train=str(root), tokens="bytes", length=4, learn="next")
     data = prepare(source, tmp_path / "out")
     assert data.spec.task == "classification"

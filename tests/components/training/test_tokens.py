@@ -8,9 +8,10 @@ from components.compression.twin import TOLERANCE, from_twin, to_twin
 from components.delivery.export import export
 from components.delivery.measure import predict
 from components.errors import ConfigError
-from components.options import ExportOptions, ModelOptions
+from components.options import ExportOptions, ModelOptions, TransferOptions
 from components.tracing import Trace
 from components.training.model import build
+from components.training.transfer import merged, transferred
 
 LENGTH, WORDS = 12, 300
 SPEC = DataSpec(task="classification", input_name="features", input_shape=(LENGTH,), labels=tuple("abc"))
@@ -39,9 +40,7 @@ def test_the_twin_answers_alike_and_leads_back(name):
 @pytest.mark.parametrize(("format", "allowed"), [("float32", 1e-4), ("int8", 0.15)])
 def test_an_exported_file_loads_and_answers_as_the_model_does(name, format, allowed, tmp_path):
     model, tokens = make(name), draw()
-    file = export(
-        format, format, model, SPEC, "logits", ExportOptions(), tokens, tmp_path, seed=0, trace=Trace()
-    )
+    file = export(format, format, model, SPEC, "logits", ExportOptions(), tokens, tmp_path, seed=0, trace=Trace())
     expected, given = model(tokens).numpy(), predict(file.file, tokens)
     assert np.abs(given - expected).max() <= allowed * np.abs(expected).max()
 
@@ -90,3 +89,18 @@ def test_wrong_width_and_pictures_are_refused(name):
     pictures = DataSpec(task="classification", input_name="image", input_shape=(8, 8, 1), labels=("a", "b"))
     with pytest.raises(ConfigError, match=r"takes rows of token numbers, got examples of shape \(8, 8, 1\)"):
         build(ModelOptions(name=name), pictures, seed=1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_corrections_of_low_rank_are_merged_into_a_model_that_twins(name):
+    model, tokens = make(name), draw()
+    before = model(tokens).numpy()
+    with transferred(model, TransferOptions(lora=2)) as stages:
+        for variable in stages.variables:
+            variable.assign_add(0.05 * keras.random.normal(variable.shape, seed=1))
+        learned = model(tokens).numpy()
+    assert np.abs(learned - before).max() > 0.01
+    made = merged(model, lambda: make(name))
+    assert np.allclose(made(tokens), learned, atol=1e-5)
+    assert made.count_params() == make(name).count_params()
+    assert twins._difference(made(tokens), to_twin(made)(tokens)) <= TOLERANCE
