@@ -83,8 +83,25 @@ class LineSource(Options):
     noise: float = Field(1.0, ge=0, description="The noise is uniform on [0, noise): its mean lifts the line by half.")
 
 
+class TextSource(Options):
+    """Folders of `.txt` files in UTF-8, one folder a class; or any texts, of which the next token is learned."""
+
+    kind: Literal["text"]
+    train: str
+    test: str | None = Field(None, description="null: the test split is drawn from `train` by hash.")
+    tokens: Literal["words", "bytes"] = Field("words", description="words: hashed into `vocabulary` numbers.")
+    length: Count = Field(128, description="Tokens of one row: a text's first ones, or a window.")
+    vocabulary: int = Field(
+        8192, ge=257, le=1 << 20, description="Different token numbers, padding among them; bytes take 257 of them."
+    )
+    learn: Literal["class", "next"] = Field(
+        "class", description="class: the folder's name; next: the token behind each window, for model.name: causal_lm."
+    )
+
+
 Source = Annotated[
-    DigitsSource | ArraysSource | IdxSource | CsvSource | ImagesSource | LineSource, Field(discriminator="kind")
+    DigitsSource | ArraysSource | IdxSource | CsvSource | ImagesSource | LineSource | TextSource,
+    Field(discriminator="kind"),
 ]
 
 
@@ -141,6 +158,11 @@ class PreprocessOptions(Options):
     pixels: Pixels = Field("zero_to_one", description="The range in which a model gets pictures.")
     columns: dict[str, ColumnOptions] = Field({}, description="By column name; others follow `auto`.")
     select: FeatureSelection | None = None
+    transform: str | None = Field(
+        None,
+        description="transform.json of an earlier preprocess folder: features are made as it says, nothing is fitted, and data of "
+        "another schema are refused. For model.file that was trained there.",
+    )
     splits: SplitOptions = SplitOptions()
 
 
@@ -160,7 +182,12 @@ class Augmentation(Options):
 class ModelOptions(Options):
     """Exactly one of a name from the zoo, an import path to a builder, or a `.keras` file."""
 
-    name: Literal["linear", "mlp", "cnn", "resnet8", "mobilenet", "transformer", "wide_and_deep"] | None = None
+    name: (
+        Literal[
+            "linear", "mlp", "cnn", "resnet8", "mobilenet", "transformer", "wide_and_deep", "text_encoder", "causal_lm"
+        ]
+        | None
+    ) = None
     builder: str | None = Field(None, description="'package.module:function' or 'file.py:function'.")
     file: str | None = Field(None, description="A saved `.keras` model to start from.")
     options: dict[str, float | int | str | bool | list[int]] = Field(

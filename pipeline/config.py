@@ -34,6 +34,7 @@ from components.options import (
     SelectOptions,
     Source,
     StrategyOptions,
+    TextSource,
     TrainOptions,
     TuneOptions,
 )
@@ -260,6 +261,8 @@ def _path_places(data: dict[str, Any]) -> Iterator[tuple[Any, Any, KeyPath]]:
             if isinstance(files := source[key], list):
                 places += [(files, index, ("source", key, index)) for index in range(len(files))]
             places.append((source, key, ("source", key)))
+    if isinstance(preprocess := data.get("preprocess"), dict):
+        places.append((preprocess, "transform", ("preprocess", "transform")))
     for section in ("train", "compress"):
         teachers = (section, "distill", "teacher")
         if isinstance(files := _at(data, teachers), list):
@@ -319,7 +322,7 @@ def _missing_files(config: Config, origin: Origin) -> Iterator[str]:
             text = text.rpartition(":")[0]
             if not text.endswith(".py"):
                 continue
-        folder = path[0] == "source" and isinstance(config.source, ImagesSource)
+        folder = path[0] == "source" and isinstance(config.source, ImagesSource | TextSource)
         if not (os.path.isdir(text) if folder else os.path.isfile(text)):
             rule = f"{dotted(path)} must be {'a folder' if folder else 'a file'} that exists, got {shown(text, 200)}"
             yield origin.line(path, f"{rule}; correct the path.")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from components.errors import ConfigError
-from components.options import AUTO, CsvSource, IdxSource, LineSource
+from components.options import AUTO, CsvSource, IdxSource, LineSource, TextSource
 from components.recipe import IO, RESCUE, Recipe, parse_recipe
 from pipeline.yaml_text import KeyPath, dotted, shown
 
@@ -43,12 +43,49 @@ def _source_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
         )
     if isinstance(source, LineSource) and config.task == "classification":
         yield ("task",), "task must be regression or auto for source kind line, got classification; leave it out."
+    yield from _text_contradictions(config)
+    if preprocess.transform is not None and preprocess.select is not None:
+        yield (
+            ("preprocess", "select"),
+            "preprocess.select chooses columns anew, got it beside preprocess.transform, whose columns stay; leave one out.",
+        )
     named = {("preprocess", "splits", "group"): [preprocess.splits.group] if preprocess.splits.group else []}
     named |= {("preprocess", "columns", name): [name] for name in preprocess.columns}
     for path, columns in named.items():
         yield from _unknown_columns(config, path, columns)
     if isinstance(source, CsvSource) and source.columns is not None:
         yield from _unknown_columns(config, ("source", "label"), [source.label])
+
+
+def _text_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    """A model of tokens takes those of a text source, and knows as many as it has."""
+    source, model = config.source, config.model
+    if isinstance(source, TextSource) and config.task == "regression":
+        yield ("task",), "task must be classification or auto for source kind text, got regression; leave it out."
+    if model.name not in ("text_encoder", "causal_lm"):
+        return
+    if not isinstance(source, TextSource):
+        yield (
+            ("model", "name"),
+            f"model.name={model.name} must have a source of kind text, got kind {source.kind}; use mlp, or cnn for pictures.",
+        )
+        return
+    wanted = 257 if source.tokens == "bytes" else source.vocabulary
+    if (known := model.options.get("vocabulary", 257)) != wanted:
+        yield (
+            ("model", "options", "vocabulary"),
+            f"model.options.vocabulary must be the {wanted} token numbers of the source, got {shown(known)}; write {wanted}.",
+        )
+    if config.export.io != "float32":
+        yield (
+            ("export", "io"),
+            f"export.io must be float32 for token numbers, which {config.export.io} would merge; leave it out.",
+        )
+    if config.train.augmentation.noise:
+        yield (
+            ("train", "augmentation", "noise"),
+            f"train.augmentation.noise would change one token into another, got {config.train.augmentation.noise:g}; leave it out.",
+        )
 
 
 def _unknown_columns(config: Config, path: KeyPath, names: Sequence[str]) -> Iterator[tuple[KeyPath, str]]:

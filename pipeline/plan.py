@@ -103,7 +103,7 @@ def make_plan(config: Config, *, until: str | None = None) -> Plan:
     workspace = pathlib.Path(config.workspace)
     store, index = Store(workspace / "store"), ContentIndex(workspace / "content.json")
     content = {
-        "preprocess": _source_content(config, index),
+        "preprocess": _source_content(config, index) + _files_content(_earlier(config), index),
         "train": _train_content(config, index),
         "compress": _files_content(teacher_files(config.compress.distill), index),
     }
@@ -207,6 +207,14 @@ def _source_content(config: Config, index: ContentIndex) -> tuple[str, ...]:
             paths = [value] if isinstance(value, str) else value
             found += [f"{field} {index.digest(pathlib.Path(path))}" for path in paths]
     return tuple(found)
+
+
+def _earlier(config: Config) -> list[pathlib.Path]:
+    """What `preprocess.transform` brings along: the file, and those beside it that are read with it."""
+    if config.preprocess.transform is None:
+        return []
+    file = pathlib.Path(config.preprocess.transform)
+    return [each for name in (file.name, "schema.json", "manifest.json") if (each := file.with_name(name)).exists()]
 
 
 def _train_content(config: Config, index: ContentIndex) -> tuple[str, ...]:

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from components.data import texts
 from components.data.csvfile import is_gzip, readable
+from components.data.texts import TextRule
 from components.errors import ConfigError, DataError
-from components.options import ArraysSource, DigitsSource, IdxSource, LineSource
+from components.options import ArraysSource, DigitsSource, IdxSource, LineSource, TextSource
 
 DIGITS_ROWS = 1797
 DIGITS_SHAPE = (8, 8, 1)
@@ -30,20 +32,25 @@ class ArrayFiles:
       x: File of the examples; '' for what is made or embedded.
       y: File of the labels; may be the same.
       line: (rows, noise) of a line.
+      text: How texts below the folder `x` become rows.
     """
 
     kind: str
     x: str = ""
     y: str = ""
     line: tuple[int, float] = (0, 0.0)
+    text: TextRule | None = None
 
 
-def files_of(source: ArraysSource | DigitsSource | IdxSource | LineSource) -> dict[str, ArrayFiles]:
+def files_of(source: ArraysSource | DigitsSource | IdxSource | LineSource | TextSource) -> dict[str, ArrayFiles]:
     """'train' and, where given, 'test'."""
     if isinstance(source, DigitsSource):
         return {"train": ArrayFiles("digits")}
     if isinstance(source, LineSource):
         return {"train": ArrayFiles("line", line=(source.rows, source.noise))}
+    if isinstance(source, TextSource):
+        rule, folders = texts.rule_of(source), {"train": source.train, "test": source.test}
+        return {split: ArrayFiles("text", x=path, text=rule) for split, path in folders.items() if path is not None}
     if isinstance(source, ArraysSource):
         given = {"train": (source.train, source.train), "test": (source.test, source.test)}
     else:
@@ -68,6 +75,8 @@ def look(files: ArrayFiles) -> tuple[tuple[int, ...], np.dtype[Any]]:
         return (DIGITS_ROWS, *DIGITS_SHAPE), np.dtype(np.uint8)
     if files.kind == "line":
         return (files.line[0], 1), np.dtype(np.float32)
+    if files.text is not None:
+        return load(files)[0].shape, np.dtype(np.int32)
     header = _idx_header if files.kind == "idx" else _npz_header
     shape, dtype = header(files.x, "x")
     labels, _ = header(files.y, "y")
@@ -95,6 +104,8 @@ def _load(files: ArrayFiles, _stamps: tuple[int, ...]) -> tuple[np.ndarray, np.n
         return _digits()
     if files.kind == "line":
         return _line(*files.line)
+    if files.text is not None:
+        return texts.load(files.x, files.text)
     if files.kind == "idx":
         x, y = _idx(files.x), _idx(files.y)
     else:
@@ -128,6 +139,8 @@ def labels(files: ArrayFiles) -> np.ndarray:
         return np.arange(10)
     if files.kind == "line":
         return _line(*files.line)[1]
+    if files.text is not None:
+        return load(files)[1]
     if files.kind == "idx":
         return _idx(files.y)
     return _npz(files.y, "y")

@@ -65,13 +65,13 @@ def _fit_table(
     ids = [column for column in columns if _is_id(column)]
     features = [
         _feature(column["name"], column["kind"], _depth(column) if _is_id(column) else 1, scores.get(column["name"]))
-        | {"rule": column.get("rule"), "missing": _missing(column["name"], schema, stats)}
+        | {"rule": column.get("rule"), "missing": missing(column["name"], schema, stats)}
         for column in [*(column for column in columns if not _is_id(column)), *ids]
     ]
     dropped = [column for column in schema.columns if column.name not in kept]
     features += [
         _feature(column.name, column.kind, 0, scores.get(column.name))
-        | {"kept": False, "rule": column.rule, "missing": _missing(column.name, schema, stats)}
+        | {"kept": False, "rule": column.rule, "missing": missing(column.name, schema, stats)}
         for column in dropped
     ]
     facts = {
@@ -95,7 +95,8 @@ def _feature(name: str, kind: str, width: int, score: float | None = None) -> di
     return {"name": name, "kind": kind, "kept": True, "score": score, "width": width}
 
 
-def _missing(name: str, schema: Schema, stats: Statistics) -> int:
+def missing(name: str, schema: Schema, stats: Statistics) -> int:
+    """Missing cells of a column of a table, training rows only."""
     counts = stats.categories.get(name)
     if counts is not None:
         return sum(counts[text] for text in schema.missing)

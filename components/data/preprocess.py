@@ -20,6 +20,7 @@ import numpy as np
 
 from components.artifacts import SPLITS, DataSpec, PreparedData, Task, write_json
 from components.data import passes, rows, statistics
+from components.data.again import earlier
 from components.data.blocks import read_blocks
 from components.data.csvfile import Bad
 from components.data.fit import fit
@@ -79,7 +80,10 @@ def preprocess(
         )
         _check_bad(stats.bad, total, stats.first_bad(), options)
         statistics.check(stats, schema)
-        transform, features = fit(schema, stats, options.select, seed, trace.warn)
+        if options.transform is None:
+            transform, features = fit(schema, stats, options.select, seed, trace.warn)
+        else:
+            transform, features = earlier(pathlib.Path(options.transform), schema, stats)
         job = dataclasses.replace(job, transform=transform)
         written = passes.run(
             "blocks", passes.second, _union, job, cuts, lambda n: trace.progress(total + n, 2 * total, "blocks")

@@ -12,7 +12,7 @@ import numpy as np
 from components.artifacts import DataSpec, Task
 from components.data.transform import RESERVED_IDS, label_text, parse_cells, strip
 from components.errors import ConfigError, DataError
-from components.options import ColumnOptions, PreprocessOptions, Source
+from components.options import ColumnOptions, PreprocessOptions, Source, TextSource
 
 MOST_CLASSES_GUESSED = 20  # whole-number labels with more distinct values than this are taken for a quantity
 
@@ -63,6 +63,7 @@ class Schema:
       shape: (height, width, channels) of stored pictures, or (width,) of values.
       rule: 'standardise' or 'none'; values only.
       pixels: The range in which a model gets pictures; images only.
+      tokens: What the numbers of texts stand for; values of a text source only.
     """
 
     kind: str
@@ -74,6 +75,7 @@ class Schema:
     shape: tuple[int, ...] = ()
     rule: str = "standardise"
     pixels: str = "zero_to_one"
+    tokens: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The schema as JSON-able values."""
@@ -94,13 +96,17 @@ def infer(seen: Peek, source: Source, options: PreprocessOptions, task: Task | N
     _check_names(seen, source, options)
     missing = tuple(strip(cell) for cell in getattr(source, "missing", ()))
     ending = getattr(source, "label_strip", "")
-    found = task or guess_task(seen.labels, ending)
+    # Token numbers as labels look like values to predict.
+    found = task or ("classification" if source.kind == "text" else guess_task(seen.labels, ending))
     if seen.kind == "image":
         return Schema(kind="image", task=found, shape=_picture_shape(seen.shape, options), pixels=options.pixels)
     if seen.kind == "values":
-        usual = ColumnOptions(rule="none" if source.kind == "line" else "standardise")  # a line is read off its weights
+        usual = ColumnOptions(
+            rule="none" if source.kind in ("line", "text") else "standardise"
+        )  # a line is read off its weights
         rule = options.columns.get("x", usual).rule
-        return Schema(kind="values", task=found, shape=seen.shape, rule=rule)
+        tokens = f"{source.tokens} of {source.vocabulary}" if isinstance(source, TextSource) else ""
+        return Schema(kind="values", task=found, shape=seen.shape, rule=rule, tokens=tokens)
     label = getattr(source, "label", "")
     left_out = {label, options.splits.group}
     columns = [_column(name, seen.sample[name], missing, options) for name in seen.columns if name not in left_out]

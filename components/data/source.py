@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from components.data import arrays, csvfile, pictures
+from components.data import arrays, csvfile, pictures, texts
 from components.data.arrays import ArrayFiles
 from components.data.csvfile import Range
 from components.data.schema import Peek
 from components.data.transform import strip
 from components.errors import ConfigError, DataError
-from components.options import CsvSource, ImagesSource, Source
+from components.options import CsvSource, ImagesSource, Source, TextSource
 
 PEEK_BYTES = 1 << 18
 PEEK_ROWS = 1000
@@ -70,6 +70,9 @@ def content_files(source: Source) -> list[pathlib.Path]:
     if isinstance(source, ImagesSource):
         roots = [pathlib.Path(path) for path in (source.train, source.test) if path]
         return sorted(root / name for root in roots for name in pictures.listing(root))
+    if isinstance(source, TextSource):
+        roots = [pathlib.Path(path) for path in (source.train, source.test) if path]
+        return [path for root in roots for path in texts.listing(root, source.learn)]
     found = arrays.files_of(source).values()
     return [
         pathlib.Path(path) for path in dict.fromkeys(path for files in found for path in (files.x, files.y) if path)
@@ -106,11 +109,10 @@ def _check_paths(source: Source) -> None:
             continue
         for text in [value] if isinstance(value, str) else value:
             path = pathlib.Path(text)
-            if isinstance(source, ImagesSource) and not path.is_dir():
-                raise ConfigError(
-                    f"source.{key}: a folder with one folder a class is needed, got '{path}'; correct the path."
-                )
-            if not isinstance(source, ImagesSource) and not path.is_file():
+            if isinstance(source, ImagesSource | TextSource) and not path.is_dir():
+                what = "a folder" if getattr(source, "learn", "class") == "next" else "a folder with one folder a class"
+                raise ConfigError(f"source.{key}: {what} is needed, got '{path}'; correct the path.")
+            if not isinstance(source, ImagesSource | TextSource) and not path.is_file():
                 raise ConfigError(
                     f"source.{key}: a file is needed, got '{path}', which is not there; correct the path."
                 )

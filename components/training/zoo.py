@@ -17,6 +17,7 @@ from pydantic import Field
 from components.artifacts import DataSpec
 from components.errors import ConfigError
 from components.options import Count, Fraction, Options
+from components.training.tokens import CausalLm, TextEncoder
 
 Tensor = Any  # a symbolic keras.KerasTensor; Keras ships no usable types
 Widths = Annotated[list[Count], Field(min_length=1)]
@@ -193,6 +194,8 @@ ZOO: dict[str, type[Architecture]] = {
     "mobilenet": Mobilenet,
     "transformer": Transformer,
     "wide_and_deep": WideAndDeep,
+    "text_encoder": TextEncoder,
+    "causal_lm": CausalLm,
 }
 
 

@@ -256,10 +256,10 @@ def test_a_fault_is_one_line_with_place_rule_value_and_next_step(here, text):
 
 
 SOURCES = {
-    "{kind: cvs}": "my.yaml:3: source.kind must be one of arrays, csv, digits, idx, images, line, got 'cvs'; write csv.",
-    "{train: x}": "my.yaml:3: source.kind must be one of arrays, csv, digits, idx, images, line, got null; 'trimline schema' "
+    "{kind: cvs}": "my.yaml:3: source.kind must be one of arrays, csv, digits, idx, images, line, text, got 'cvs'; write csv.",
+    "{train: x}": "my.yaml:3: source.kind must be one of arrays, csv, digits, idx, images, line, text, got null; 'trimline schema' "
     "lists every key and its range.",
-    "digits": "my.yaml:3: source must be a section with 'kind', one of arrays, csv, digits, idx, images, line, got 'digits'; "
+    "digits": "my.yaml:3: source must be a section with 'kind', one of arrays, csv, digits, idx, images, line, text, got 'digits'; "
     "'trimline schema' lists every key and its range.",
     "\n  kind: csv\n  trian: [b.csv]\n  label: y": "my.yaml:5: source.trian is not a key of source, got ['b.csv']; did you "
     "mean 'train'? (and 1 more)",
@@ -290,8 +290,8 @@ def test_a_source_is_judged_by_its_own_kind(here, source):
 
 MODELS = {
     "{}": "model: give exactly one of name, builder, file; got none.",
-    "{name: mpl}": "model.name must be one of linear, mlp, cnn, resnet8, mobilenet, transformer, wide_and_deep, or null, got 'mpl'; write "
-    "mlp.",
+    "{name: mpl}": "model.name must be one of linear, mlp, cnn, resnet8, mobilenet, transformer, wide_and_deep, text_encoder, causal_lm, or "
+    "null, got 'mpl'; write mlp.",
     "{builder: build}": "model.builder must be 'package.module:function' or 'file.py:function', got 'build'; put a colon "
     "before the function's name.",
     "{name: mlp, options: {units: [1.5]}}": "model.options.units must be a number or a whole number or text or true or false "

@@ -38,3 +38,60 @@ def test_a_private_training_that_is_only_written_in_other_formats_is_fine():
 def test_what_would_break_the_promise_of_privacy_is_refused(changed, message):
     with pytest.raises(ConfigError, match=message):
         from_dict({**BASE, **changed})
+
+
+def of_text(tmp_path, source=None, options=None, **more):
+    (tmp_path / "texts").mkdir(exist_ok=True)
+    source = {"kind": "text", "train": str(tmp_path / "texts"), **(source or {})}
+    model = {"name": "text_encoder", "options": {"vocabulary": 8192} if options is None else options}
+    return {"name": "words", "source": source, "model": model, **more}
+
+
+def test_a_model_of_tokens_knows_as_many_as_its_source_has(tmp_path):
+    assert from_dict(of_text(tmp_path)).model.options == {"vocabulary": 8192}
+    assert from_dict(of_text(tmp_path, {"tokens": "bytes"}, {})).model.options == {}
+    with pytest.raises(
+        ConfigError, match=r"vocabulary must be the 8192 token numbers of the source, got 257; write 8192"
+    ):
+        from_dict(of_text(tmp_path, options={}))
+    with pytest.raises(
+        ConfigError, match=r"vocabulary must be the 257 token numbers of the source, got 8192; write 257"
+    ):
+        from_dict(of_text(tmp_path, {"tokens": "bytes"}))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"task": "regression"}, r"task must be classification or auto for source kind text, got regression"),
+        (
+            {"export": {"io": "int8"}},
+            r"export\.io must be float32 for token numbers, which int8 would merge; leave it out",
+        ),
+        ({"source": {"kind": "digits"}}, r"model\.name=text_encoder must have a source of kind text, got kind digits"),
+        (
+            {"train": {"augmentation": {"noise": 0.1}}},
+            r"augmentation\.noise would change one token into another, got 0\.1",
+        ),
+    ],
+)
+def test_what_tokens_do_not_go_together_with_is_refused(tmp_path, changed, message):
+    with pytest.raises(ConfigError, match=message):
+        from_dict({**of_text(tmp_path), **changed})
+
+
+def test_columns_are_not_chosen_anew_beside_an_earlier_transform(tmp_path):
+    (tmp_path / "rows.csv").write_text("x,y\n1,2\n")
+    (tmp_path / "transform.json").write_text("{}")
+    config = {
+        "name": "again",
+        "source": {"kind": "csv", "train": [str(tmp_path / "rows.csv")], "label": "y"},
+        "model": {"name": "mlp"},
+        "preprocess": {"transform": str(tmp_path / "transform.json"), "select": {"keep": 1}},
+    }
+    with pytest.raises(
+        ConfigError, match=r"preprocess\.select chooses columns anew, got it beside preprocess\.transform"
+    ):
+        from_dict(config)
+    del config["preprocess"]["select"]
+    assert from_dict(config).preprocess.transform == str(tmp_path / "transform.json")
