@@ -1,4 +1,4 @@
-"""Models of token sequences, in the zoo: a text classifier and a causal language model, of standard Keras 3 layers.
+"""Models of token sequences, in the zoo: a text classifier and a causal language model; and the blocks of every encoder.
 
 Both take rows of whole numbers (batch, length) as float32, as every table is handed over: token numbers from 0 on, exact
 below 2**24. A number of `vocabulary` or more counts as the last one, so that no row can stop a training.
@@ -23,30 +23,23 @@ BOUND = 8.0  # of attention scores in the causal model
 HIDDEN = 32.0  # how far below zero the scores of later tokens are put
 
 
-class _Tokens(Options):
-    vocabulary: Count = Field(257, description="Different token numbers; 257 are the bytes and the padding, 0.")
+class Encoder(Options):
+    """Blocks of self-attention on tokens (batch, length, width), normalized before each part (Xiong et al. 2020, arXiv 2002.04745)."""
+
     width: Count = Field(64, description="Length of a token's vector; a multiple of `heads`.")
     depth: Count = Field(2, description="Blocks.")
     heads: Count = 2
     hidden: Count = Field(128, description="Units between the two dense layers of a block.")
     dropout: Fraction = Field(0.0, description="On each branch, and before the head.")
 
-    def _states(self, inputs: Tensor, spec: DataSpec, *, causal: bool) -> Tensor:
-        """(batch, length, width): blocks normalized before each part (Xiong et al. 2020, arXiv 2002.04745)."""
+    def _check_heads(self) -> None:
         if self.width % self.heads:
             raise ConfigError(
                 f"model.options.width={self.width} must be a multiple of heads={self.heads}; use {self.width - self.width % self.heads + self.heads}."
             )
-        if len(spec.input_shape) != 1:
-            raise ConfigError(
-                f"the model takes rows of token numbers, got examples of shape {spec.input_shape}; use a text source, or cnn for pictures."
-            )
-        # As int32 before anything may round it: bfloat16 would merge numbers above 256, int8 all of them.
-        tokens = ops.clip(ops.cast(inputs, "int32"), 0, self.vocabulary - 1)
-        x = layers.Embedding(self.vocabulary, self.width, name="tokens")(tokens)
-        # A bias for each place says where a token stands.
-        shape = (spec.input_shape[0], self.width)
-        x = layers.EinsumDense("bnd,de->bne", output_shape=shape, bias_axes="ne", name="places")(x)
+
+    def _encoded(self, x: Tensor, *, causal: bool) -> Tensor:
+        """The blocks in their order, and the last normalization."""
         for index in range(1, self.depth + 1):
             x = self._block(x, f"block{index}", causal)
         return layers.LayerNormalization(epsilon=1e-6, name="norm")(x)
@@ -95,6 +88,25 @@ class _Tokens(Options):
     def _head(self, x: Tensor, spec: DataSpec) -> Tensor:
         x = layers.Dropout(self.dropout, name="dropout")(x) if self.dropout else x
         return layers.Dense(spec.outputs, name="logits")(x)
+
+
+class _Tokens(Encoder):
+    vocabulary: Count = Field(257, description="Different token numbers; 257 are the bytes and the padding, 0.")
+
+    def _states(self, inputs: Tensor, spec: DataSpec, *, causal: bool) -> Tensor:
+        """(batch, length, width)."""
+        self._check_heads()
+        if len(spec.input_shape) != 1:
+            raise ConfigError(
+                f"the model takes rows of token numbers, got examples of shape {spec.input_shape}; use a text source, or cnn for pictures."
+            )
+        # As int32 before anything may round it: bfloat16 would merge numbers above 256, int8 all of them.
+        tokens = ops.clip(ops.cast(inputs, "int32"), 0, self.vocabulary - 1)
+        x = layers.Embedding(self.vocabulary, self.width, name="tokens")(tokens)
+        # A bias for each place says where a token stands.
+        shape = (spec.input_shape[0], self.width)
+        x = layers.EinsumDense("bnd,de->bne", output_shape=shape, bias_axes="ne", name="places")(x)
+        return self._encoded(x, causal=causal)
 
 
 class TextEncoder(_Tokens):

@@ -17,7 +17,7 @@ from pydantic import Field
 from components.artifacts import DataSpec
 from components.errors import ConfigError
 from components.options import Count, Fraction, Options
-from components.training.tokens import CausalLm, TextEncoder
+from components.training.tokens import CausalLm, Encoder, TextEncoder
 
 Tensor = Any  # a symbolic keras.KerasTensor; Keras ships no usable types
 Widths = Annotated[list[Count], Field(min_length=1)]
@@ -129,33 +129,21 @@ class Mobilenet(Options):
         return max(1, math.floor(channels * self.width + 0.5))
 
 
-class Transformer(Options):
-    """An encoder of self-attention blocks, normalized before each part (Xiong et al. 2020, arXiv 2002.04745).
+class Transformer(Encoder):
+    """An encoder of pictures or rows.
 
     Its tokens are patches of a picture (Dosovitskiy et al. 2021, arXiv 2010.11929) that learn from a depthwise convolution
     where they are (Chu et al. 2021, arXiv 2102.10882), or, for rows, mixtures of the features.
     """
 
-    width: Count = Field(32, description="Length of a token's vector; a multiple of `heads`.")
-    depth: Count = Field(2, description="Blocks.")
-    heads: Count = 2
-    hidden: Count = Field(64, description="Units between the two dense layers of a block.")
     patch: Count = Field(4, description="Pictures: side of a patch, pixels.")
     tokens: Count = Field(8, description="Rows: how many tokens are made of the features.")
-    dropout: Fraction = Field(0.0, description="On each branch, and before the head.")
 
     def logits(self, inputs: Tensor, spec: DataSpec) -> Tensor:
         """See `Architecture`."""
-        if self.width % self.heads:
-            raise ConfigError(
-                f"model.options.width={self.width} must be a multiple of heads={self.heads}; use {self.width - self.width % self.heads + self.heads}."
-            )
-        x = self._tokens(inputs, spec)
-        for index in range(1, self.depth + 1):
-            x = self._block(x, f"block{index}")
-        x = layers.LayerNormalization(epsilon=1e-6, name="norm")(x)
-        x = layers.GlobalAveragePooling1D(name="average")(x)
-        return _head(layers.Dropout(self.dropout, name="dropout")(x) if self.dropout else x, spec)
+        self._check_heads()
+        x = self._encoded(self._tokens(inputs, spec), causal=False)
+        return self._head(layers.GlobalAveragePooling1D(name="average")(x), spec)
 
     def _tokens(self, inputs: Tensor, spec: DataSpec) -> Tensor:
         """(batch, tokens, width)."""
@@ -170,20 +158,6 @@ class Transformer(Options):
         place = layers.DepthwiseConv2D(3, padding="same", name="place")(x)
         x = layers.Add(name="placed")([x, place])
         return layers.Reshape((x.shape[1] * x.shape[2], self.width), name="sequence")(x)
-
-    def _block(self, x: Tensor, name: str) -> Tensor:
-        y = layers.LayerNormalization(epsilon=1e-6, name=f"{name}_attention_norm")(x)
-        attention = layers.MultiHeadAttention(self.heads, self.width // self.heads, name=f"{name}_attention")
-        x = self._joined(x, attention(y, y), f"{name}_attention")
-        y = layers.LayerNormalization(epsilon=1e-6, name=f"{name}_dense_norm")(x)
-        # Not gelu, for which TFLite has no int8 kernel of its own.
-        y = layers.Dense(self.hidden, "relu", kernel_initializer="he_normal", name=f"{name}_dense1")(y)
-        return self._joined(x, layers.Dense(self.width, name=f"{name}_dense2")(y), f"{name}_dense")
-
-    def _joined(self, x: Tensor, branch: Tensor, name: str) -> Tensor:
-        if self.dropout:
-            branch = layers.Dropout(self.dropout, name=f"{name}_dropout")(branch)
-        return layers.Add(name=f"{name}_add")([x, branch])
 
 
 ZOO: dict[str, type[Architecture]] = {
