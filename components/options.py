@@ -183,7 +183,10 @@ class ModelOptions(Options):
     """Exactly one of a name from the zoo, an import path to a builder, or a `.keras` file."""
 
     name: (
-        Literal["linear", "mlp", "cnn", "resnet8", "mobilenet", "wide_and_deep", "text_encoder", "causal_lm"] | None
+        Literal[
+            "linear", "mlp", "cnn", "resnet8", "mobilenet", "transformer", "wide_and_deep", "text_encoder", "causal_lm"
+        ]
+        | None
     ) = None
     builder: str | None = Field(None, description="'package.module:function' or 'file.py:function'.")
     file: str | None = Field(None, description="A saved `.keras` model to start from.")

@@ -99,7 +99,12 @@ def _key(plan: Plan) -> Key:
         "preflight",
         lambda *_: {},
         cast(Any, _probe),
-        ("components.compression.compress", "components.training.model", "components.training.teacher"),
+        (
+            "components.compression.compress",
+            "components.training.model",
+            "components.training.teacher",
+            "components.training.trainable",
+        ),
     )
     facts = {
         "model": plan.config.model.model_dump(),
@@ -107,6 +112,7 @@ def _key(plan: Plan) -> Key:
         "recipes": list(map(str, recipes(plan.config))),
         "spec": spec.to_json() if spec else None,
         "train": train.stage.name,
+        "training": plan.config.train.model_dump(include={"epochs", "privacy", "transfer", "rematerialize"}),
         "teacher_model": taught.model.model_dump() if (taught := teacher_config(plan.config)) else None,
         "teachers": {section: len(files) for section, files in _teachers(plan.config).items()},
     }
@@ -123,6 +129,7 @@ def _probe(plan: Plan) -> list[Finding]:
     from components.compression.compress import unsupported
     from components.training.model import build
     from components.training.teacher import load_teachers
+    from components.training.trainable import check_trainable
 
     spec = rough_spec(plan)
     if spec is None:
@@ -133,6 +140,7 @@ def _probe(plan: Plan) -> list[Finding]:
         if (taught := teacher_config(plan.config)) is not None:
             build(taught.model, spec, seed=plan.config.seed)
         model = build(plan.config.model, spec, seed=plan.config.seed)
+        check_trainable(model, plan.config.train)
     except TrimlineError as error:
         return [Finding("error", str(error))]
     if not any(recipe.steps for recipe in recipes(plan.config)):

@@ -20,7 +20,9 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -91,9 +93,11 @@ def place(options: StrategyOptions, environment: Mapping[str, str] = os.environ)
         found = index + (len(cluster.get("chief", ())) if kind == "worker" else 0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"TF_CONFIG must be JSON with cluster.worker and task.type and task.index, got {text[:80]!r} ({type(error).__name__}: {error}); "
+            f"TF_CONFIG must be JSON with the worker list of a cluster and the type and index of a task, got {text[:80]!r} ({type(error).__name__}: {error}); "
             'for instance {"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": {"type": "worker", "index": 0}}.'
         ) from error
+    if not all(re.fullmatch(r".+:\d+", each) for each in addresses):
+        raise ConfigError(f"TF_CONFIG: each worker must be 'host:port', got {', '.join(addresses)}; add the port.")
     if kind not in ("chief", "worker") or not 0 <= found < len(addresses):
         raise ConfigError(
             f"TF_CONFIG: the task must be one of the {len(addresses)} of chief and worker, got {kind} {index}; correct task."
@@ -130,6 +134,12 @@ class Team:
         """
         from pipeline.strategy import make_strategy
 
+        until = time.monotonic() + seconds
+        if where.chief:
+            # The others open their ports and wait for the chief. TensorFlow's wait for them would hold Python's lock.
+            for address in where.addresses[1:]:
+                if not _opens(address, until):
+                    raise ConfigError(_nobody(where, seconds, f"{address} did not answer"))
         made: list[Any] = []
 
         def make() -> None:
@@ -141,14 +151,10 @@ class Team:
         # In a thread: TensorFlow waits in C++, where Ctrl-C is not heard.
         thread = threading.Thread(target=make, daemon=True)
         thread.start()
-        until = time.monotonic() + seconds
         while thread.is_alive() and time.monotonic() < until:
             thread.join(_POLL_SECONDS)
         if not made:
-            raise ConfigError(
-                f"strategy.name=multi_worker: {len(where.addresses)} workers must come together, and after {seconds:g} s not all were "
-                f"there; start trimline run on each, and see that {where.addresses[0]} can be reached from all."
-            )
+            raise ConfigError(_nobody(where, seconds, f"the chief, {where.addresses[0]}, did not answer"))
         if isinstance(made[0], Exception):
             raise WorkerError(f"the team could not be joined: {_first_line(made[0])}.") from made[0]
         return cls(where, made[0])
@@ -293,6 +299,26 @@ class Team:
         who = "worker" if self.place.chief else "the chief or another worker"
         log.error("lost: %s", error)
         return f"{who} of the {len(self.place.addresses)} was lost ({type(error).__name__}); the run goes on from its last checkpoint once all are back."
+
+
+def _opens(address: str, until: float) -> bool:
+    """Waits until somebody listens there; False where nobody did in time."""
+    host, _, port = address.rpartition(":")
+    while time.monotonic() < until:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_POLL_SECONDS).close()
+        except OSError:
+            time.sleep(_POLL_SECONDS)
+        else:
+            return True
+    return False
+
+
+def _nobody(where: Place, seconds: float, what: str) -> str:
+    return (
+        f"strategy.name=multi_worker: all {len(where.addresses)} workers must come together within {seconds:g} s, and {what}; start "
+        "trimline run on each, and see that they reach each other."
+    )
 
 
 def _copy(source: pathlib.Path, target: pathlib.Path) -> None:

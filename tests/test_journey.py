@@ -387,3 +387,25 @@ def test_a_search_keeps_its_budget_by_the_clock_and_goes_on_after_an_interruptio
     assert "done     compress" not in again.stdout
     same = json.loads((tmp_path / "workspace" / "slice" / "results.json").read_text())
     assert [variant["recipe"] for variant in same["variants"]] == [variant["recipe"] for variant in found["variants"]]
+
+
+@pytest.mark.slow
+def test_a_transformer_walks_the_whole_way(tmp_path):
+    write_slice(tmp_path, rows=1500)
+    config = {
+        **CONFIG,
+        "model": {"name": "transformer", "options": {"patch": 2, "width": 24}},
+        "train": {**CONFIG["train"], "epochs": 20, "optimizer": {"learning_rate": 0.003}},
+        "compress": {"recipes": ["int8", "prune@0.5+qat"], "prune": {"epochs": 4}, "qat": {"epochs": 2}},
+    }
+    (tmp_path / "slice.yaml").write_text(yaml.safe_dump(config))
+    done = trimline("run", "slice.yaml", folder=tmp_path)
+    assert done.returncode == 0, done.stderr + done.stdout
+    variants = json.loads((tmp_path / "workspace" / "slice" / "results.json").read_text())["variants"]
+    assert {variant["recipe"]: variant["status"] for variant in variants} == dict.fromkeys(
+        ["float32", "int8", "prune@0.5+qat"], "ok"
+    )
+    assert min(variant["metric"] for variant in variants) > 0.75
+    float32, int8, pruned = variants
+    assert pruned["gzip_bytes"] < int8["gzip_bytes"] < 0.6 * float32["gzip_bytes"]
+    assert pruned["proof"]["flex"] == []

@@ -20,7 +20,7 @@ import tensorflow as tf
 
 from components.artifacts import Batches, TrainedModel, write_json
 from components.distillation import Teacher, make_lesson
-from components.errors import ConfigError, DataError, ModelError
+from components.errors import ConfigError, DataError
 from components.options import ModelOptions, TrainOptions
 from components.tracing import Trace
 from components.training import checkpoint
@@ -30,9 +30,10 @@ from components.training.insight import in_words
 from components.training.maker import Maker
 from components.training.model import outputs_of
 from components.training.precision import CHOICE, Choice, choose, computed_in
-from components.training.privacy import KEY, check_private, promise
+from components.training.privacy import KEY, promise
 from components.training.rematerialize import rematerialized
 from components.training.replicas import check_batch, rescaled
+from components.training.trainable import check_trainable
 from components.training.transfer import merged, transferred
 from components.workers import check_share, several
 
@@ -82,13 +83,9 @@ def train(
             model = build_model()
             outputs = outputs_of(model, model_options)
             lesson = make_lesson(options.distill, teachers, batches.spec.task, outputs)
-        if options.epochs and not model.trainable_variables:
-            raise ModelError(
-                f"model '{model.name}' has no trainable weights; set layer.trainable = True on some layer."
-            )
+        check_trainable(model, options)
         promised = {}
         if options.privacy is not None:
-            check_private(model)
             promised = {"privacy": _promise(options, steps, batches, trace)}
         stages = stack.enter_context(transferred(model, options.transfer)) if options.transfer else None
         fused = stack.enter_context(fused_normalization(model))

@@ -1,7 +1,8 @@
 """The model zoo: small architectures that prune, cluster and quantize well, each a set of options and one method.
 
 Every model is functional, has static shapes and named layers, and is made of layers that tfmot treats: convolution,
-then batch normalization, then ReLU; dense layers with their activation; global average pooling before the head.
+then batch normalization, then ReLU; dense layers with their activation; global average pooling before the head. Of the
+transformer's layers it leaves attention alone.
 """
 
 from __future__ import annotations
@@ -128,12 +129,70 @@ class Mobilenet(Options):
         return max(1, math.floor(channels * self.width + 0.5))
 
 
+class Transformer(Options):
+    """An encoder of self-attention blocks, normalized before each part (Xiong et al. 2020, arXiv 2002.04745).
+
+    Its tokens are patches of a picture (Dosovitskiy et al. 2021, arXiv 2010.11929) that learn from a depthwise convolution
+    where they are (Chu et al. 2021, arXiv 2102.10882), or, for rows, mixtures of the features.
+    """
+
+    width: Count = Field(32, description="Length of a token's vector; a multiple of `heads`.")
+    depth: Count = Field(2, description="Blocks.")
+    heads: Count = 2
+    hidden: Count = Field(64, description="Units between the two dense layers of a block.")
+    patch: Count = Field(4, description="Pictures: side of a patch, pixels.")
+    tokens: Count = Field(8, description="Rows: how many tokens are made of the features.")
+    dropout: Fraction = Field(0.0, description="On each branch, and before the head.")
+
+    def logits(self, inputs: Tensor, spec: DataSpec) -> Tensor:
+        """See `Architecture`."""
+        if self.width % self.heads:
+            raise ConfigError(
+                f"model.options.width={self.width} must be a multiple of heads={self.heads}; use {self.width - self.width % self.heads + self.heads}."
+            )
+        x = self._tokens(inputs, spec)
+        for index in range(1, self.depth + 1):
+            x = self._block(x, f"block{index}")
+        x = layers.LayerNormalization(epsilon=1e-6, name="norm")(x)
+        x = layers.GlobalAveragePooling1D(name="average")(x)
+        return _head(layers.Dropout(self.dropout, name="dropout")(x) if self.dropout else x, spec)
+
+    def _tokens(self, inputs: Tensor, spec: DataSpec) -> Tensor:
+        """(batch, tokens, width)."""
+        if len(spec.input_shape) != 3:
+            x = layers.Dense(self.tokens * self.width, name="tokens")(_flat(inputs))
+            return layers.Reshape((self.tokens, self.width), name="sequence")(x)
+        if min(spec.input_shape[:2]) < self.patch:
+            raise ConfigError(
+                f"model.options.patch={self.patch} must fit into pictures of {spec.input_shape[0]} x {spec.input_shape[1]}; use {min(spec.input_shape[:2])} or less."
+            )
+        x = layers.Conv2D(self.width, self.patch, self.patch, name="patches")(inputs)
+        place = layers.DepthwiseConv2D(3, padding="same", name="place")(x)
+        x = layers.Add(name="placed")([x, place])
+        return layers.Reshape((x.shape[1] * x.shape[2], self.width), name="sequence")(x)
+
+    def _block(self, x: Tensor, name: str) -> Tensor:
+        y = layers.LayerNormalization(epsilon=1e-6, name=f"{name}_attention_norm")(x)
+        attention = layers.MultiHeadAttention(self.heads, self.width // self.heads, name=f"{name}_attention")
+        x = self._joined(x, attention(y, y), f"{name}_attention")
+        y = layers.LayerNormalization(epsilon=1e-6, name=f"{name}_dense_norm")(x)
+        # Not gelu, for which TFLite has no int8 kernel of its own.
+        y = layers.Dense(self.hidden, "relu", kernel_initializer="he_normal", name=f"{name}_dense1")(y)
+        return self._joined(x, layers.Dense(self.width, name=f"{name}_dense2")(y), f"{name}_dense")
+
+    def _joined(self, x: Tensor, branch: Tensor, name: str) -> Tensor:
+        if self.dropout:
+            branch = layers.Dropout(self.dropout, name=f"{name}_dropout")(branch)
+        return layers.Add(name=f"{name}_add")([x, branch])
+
+
 ZOO: dict[str, type[Architecture]] = {
     "linear": Linear,
     "mlp": Mlp,
     "cnn": Cnn,
     "resnet8": Resnet8,
     "mobilenet": Mobilenet,
+    "transformer": Transformer,
     "wide_and_deep": WideAndDeep,
     "text_encoder": TextEncoder,
     "causal_lm": CausalLm,

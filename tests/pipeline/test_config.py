@@ -290,8 +290,8 @@ def test_a_source_is_judged_by_its_own_kind(here, source):
 
 MODELS = {
     "{}": "model: give exactly one of name, builder, file; got none.",
-    "{name: mpl}": "model.name must be one of linear, mlp, cnn, resnet8, mobilenet, wide_and_deep, text_encoder, causal_lm, or "
-    "null, got 'mpl'; write mlp.",
+    "{name: mpl}": "model.name must be one of linear, mlp, cnn, resnet8, mobilenet, transformer, wide_and_deep, text_encoder, "
+    "causal_lm, or null, got 'mpl'; write mlp.",
     "{builder: build}": "model.builder must be 'package.module:function' or 'file.py:function', got 'build'; put a colon "
     "before the function's name.",
     "{name: mlp, options: {units: [1.5]}}": "model.options.units must be a number or a whole number or text or true or false "

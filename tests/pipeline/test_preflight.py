@@ -1,6 +1,9 @@
 """What `plan` says of a configuration before the first second of work."""
 
+import re
+
 import keras
+import pytest
 
 from pipeline.config import from_dict
 from pipeline.plan import make_plan
@@ -25,6 +28,24 @@ def test_a_teacher_that_does_not_fit_the_data_is_told_before_the_run(tmp_path):
             f"{section}.distill.teacher: teacher wrong.keras must take (8, 8, 1) and return (10,) as the data have it, "
             "got [(8, 8, 1), (3,)]; name one that was trained on data of this shape.",
         )
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"privacy": {"noise": 1.0}}, r"train\.privacy: layer 'conv1_norm' \(BatchNormalization\) mixes the examples"),
+        (
+            {"transfer": {"frozen": ["stem"]}},
+            r"train\.transfer\.frozen: 'stem' names no layer of the model; it has conv1",
+        ),
+        ({"batch_size": 30, "accumulate": 4}, r"train\.batch_size=30 must divide by train\.accumulate=4"),
+    ],
+)
+def test_a_training_that_cannot_be_is_told_before_the_run(train, message, tmp_path):
+    value = {"name": "t", "source": {"kind": "digits"}, "model": {"name": "cnn"}, "workspace": str(tmp_path)}
+    (finding,) = check(make_plan(from_dict({**value, "compress": {"recipes": ["int8"]}, "train": train})))
+    assert finding.level == "error"
+    assert re.match(message, finding.text)
 
 
 def test_what_a_trained_model_does_not_allow_is_found_out_once(tmp_path):

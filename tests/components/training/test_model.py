@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from components.artifacts import DataSpec
+from components.compression.hosted import Hosted
+from components.compression.twin import from_twin, to_twin
 from components.errors import ConfigError, ModelError
 from components.options import ModelOptions
 from components.training.model import build, load, outputs_of
@@ -12,7 +14,8 @@ from components.training.model import build, load, outputs_of
 PICTURES = DataSpec(task="classification", input_name="image", input_shape=(28, 28, 1), labels=tuple("abcde"))
 ROWS = DataSpec(task="classification", input_name="features", input_shape=(7,), labels=("no", "yes"))
 VALUE = DataSpec(task="regression", input_name="features", input_shape=(7,))
-ZOO = ["linear", "mlp", "cnn", "resnet8", "mobilenet", "wide_and_deep"]
+FOLDED = ["linear", "mlp", "cnn", "resnet8", "mobilenet", "wide_and_deep"]
+ZOO = [*FOLDED, "transformer"]
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -25,7 +28,7 @@ def test_every_entry_of_the_zoo_gives_finite_logits_of_the_contracts_shape(name)
     assert outputs_of(model, ModelOptions(name=name)) == "logits"
 
 
-@pytest.mark.parametrize("name", ["linear", "mlp", "wide_and_deep"])
+@pytest.mark.parametrize("name", ["linear", "mlp", "transformer", "wide_and_deep"])
 def test_tables_get_one_output_for_a_regression(name):
     model = build(ModelOptions(name=name), VALUE, seed=1)
     assert (model.input_shape, model.output_shape) == ((None, 7), (None, 1))
@@ -38,7 +41,26 @@ def test_a_picture_model_refuses_rows_and_names_models_that_take_them(name):
         build(ModelOptions(name=name), ROWS, seed=1)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("spec", [PICTURES, ROWS], ids=["pictures", "rows"])
+def test_the_transformer_becomes_a_twin_of_layers_that_tf_keras_has_and_comes_back(spec):
+    model = build(ModelOptions(name="transformer", options={"dropout": 0.1}), spec, seed=1)
+    x = np.random.default_rng(0).random((3, *spec.input_shape), np.float32)
+    twin = to_twin(model)
+    np.testing.assert_allclose(twin(x), model(x), rtol=1e-5, atol=1e-5)
+    assert not any(isinstance(layer, Hosted) for layer in twin.layers)
+    np.testing.assert_array_equal(from_twin(twin, model)(x), model(x))
+
+
+def test_a_transformer_that_does_not_fit_says_what_would():
+    with pytest.raises(ConfigError, match=r"model\.options\.width=30 must be a multiple of heads=4; use 32\."):
+        build(ModelOptions(name="transformer", options={"width": 30, "heads": 4}), PICTURES, seed=1)
+    with pytest.raises(
+        ConfigError, match=r"model\.options\.patch=29 must fit into pictures of 28 x 28; use 28 or less"
+    ):
+        build(ModelOptions(name="transformer", options={"patch": 29}), PICTURES, seed=1)
+
+
+@pytest.mark.parametrize("name", FOLDED)
 def test_the_zoo_holds_only_layers_that_tfmot_treats_and_that_fold(name):
     allowed = "InputLayer Dense Conv2D DepthwiseConv2D BatchNormalization ReLU Add Dropout Flatten MaxPooling2D GlobalAveragePooling2D"
     layers = build(
