@@ -98,6 +98,18 @@ def test_data_counts_by_content_and_not_by_path(tmp_path):
     assert key("a.csv") == key("b.csv") != key("c.csv")
 
 
+def test_an_earlier_transform_counts_by_content_with_its_schema(tmp_path):
+    (tmp_path / "a.csv").write_text("x,y\n1,2\n")
+
+    def key(transform, schema):
+        (tmp_path / "transform.json").write_text(transform)
+        (tmp_path / "schema.json").write_text(schema)
+        source = {"kind": "csv", "train": [str(tmp_path / "a.csv")], "label": "y"}
+        return keys(tmp_path, source=source, preprocess={"transform": str(tmp_path / "transform.json")})["preprocess"]
+
+    assert len({key("{}", "{}"), key("{}", "{}"), key("{ }", "{}"), key("{}", "{ }")}) == 3
+
+
 def test_the_users_own_builder_counts(tmp_path):
     file = tmp_path / "mine.py"
 

@@ -43,10 +43,10 @@ def test_folders_are_classes(tmp_path):
 
 
 def test_windows_lie_side_by_side_with_the_token_behind_as_label(tmp_path):
-    root = write(tmp_path, {"a.txt": "abcdefgh", "deep/b.txt": "xy"})
+    root = write(tmp_path, {"a.txt": "abcdefgh", "deep/b.txt": "wxyz", "deep/c.txt": "xy"})
     x, y = load(str(root), TextRule("bytes", 3, 257, "next"))
-    assert x.tolist() == [[98, 99, 100], [102, 103, 104]]
-    assert y.tolist() == ["101", "105"]
+    assert x.tolist() == [[98, 99, 100], [102, 103, 104], [120, 121, 122]]
+    assert y.tolist() == ["101", "105", "123"]
 
 
 def test_no_text_and_texts_too_short_are_told_apart(tmp_path):
