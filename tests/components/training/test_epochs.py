@@ -45,9 +45,18 @@ def assert_equal_bits(one, other):
 # --- the end that a signal asks for ----------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def heard():
+    """Signals as a program in the foreground has them; in the background SIGINT is ignored."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("at", [1.4, 2.0])  # inside an epoch; after its last update, before its validation
-def test_a_signal_saves_the_very_update_and_the_rest_ends_in_the_same_bits(number, at, pictures, tmp_path):
+def test_a_signal_saves_the_very_update_and_the_rest_ends_in_the_same_bits(number, at, pictures, tmp_path, heard):
     options = TrainOptions(epochs=3, batch_size=32, optimizer={"ema": 0.9})
     seen = []
 
@@ -60,14 +69,14 @@ def test_a_signal_saves_the_very_update_and_the_rest_ends_in_the_same_bits(numbe
         run(tmp_path / "cut", options, pictures, trace=Trace(on_progress=ask))
     saved = newest(tmp_path / "cut", pytest.fail)
     assert saved.updates == round(seen[-1] * 6)
-    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert signal.getsignal(number) is signal.default_int_handler
     told = []
     cut = run(tmp_path / "cut", options, pictures, trace=Trace(on_progress=lambda done, *_: told.append(done)))
     assert told[0] > seen[-1]
     assert_equal_bits(cut, run(tmp_path / "whole", options, pictures))
 
 
-def test_a_second_signal_acts_at_once(pictures, tmp_path):
+def test_a_second_signal_acts_at_once(pictures, tmp_path, heard):
     def ask(done, total, note):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
@@ -75,6 +84,12 @@ def test_a_second_signal_acts_at_once(pictures, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, TrainOptions(epochs=3, batch_size=32), pictures, trace=Trace(on_progress=ask))
     assert newest(tmp_path, pytest.fail) is None
+
+
+def test_a_signal_that_was_ignored_stays_ignored(pictures, tmp_path, heard):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    trace = Trace(on_progress=lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert run(tmp_path, TrainOptions(epochs=1, batch_size=32), pictures, trace=trace).facts["epochs"] == 1
 
 
 @pytest.mark.slow  # starts twenty processes
