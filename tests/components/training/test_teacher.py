@@ -10,7 +10,7 @@ from components.distillation import Lesson, Teacher
 from components.errors import ConfigError, ContractError
 from components.options import ModelOptions, OptimizerOptions, TrainDistillation, TrainOptions
 from components.tracing import Trace
-from components.training.loop import Loop, make_loss
+from components.training.loop import Loop, Totals, make_loss
 from components.training.model import build
 from components.training.teacher import load_teachers
 from components.training.train import train
@@ -148,7 +148,7 @@ def test_one_update_is_that_of_the_mixed_loss_and_the_sums_are_those_of_the_labe
     loop = Loop(
         model, optimizer, make_loss("classification", "logits"), "classification", tf.distribute.get_strategy(), lesson
     )
-    sums = loop.advance(loop.iterator(tf.data.Dataset.from_tensors((x, y))), 1, np.zeros(4))
+    sums = loop.advance(loop.iterator(tf.data.Dataset.from_tensors((x, y))), 1, Totals.START)
     np.testing.assert_allclose(model.get_weights()[0], expected, atol=1e-6)
     assert sums[0] / sums[2] == pytest.approx(float(labels), rel=1e-5)
 
