@@ -75,7 +75,9 @@ def compare(model: str, options: argparse.Namespace, folder: str) -> dict[str, A
         print(
             f"{model:9} {way:8} {1e6 / each['wall']:8.0f} examples/s   {each['processor']:7.1f} us of processor an example"
         )
-    print(f"{'':9} trimline's precision: {', '.join(each['precision'] for each in found['trimline'])}")
+    print(f"{'':9} trimline's precision: {', '.join(each['precision'] for each in found['trimline'])}; the last said:")
+    for line in found["trimline"][-1]["told"]:
+        print(f"{'':11}{line}")
     for way in ways:
         if way == "trimline":
             continue
@@ -150,7 +152,7 @@ def through_trimline(options: argparse.Namespace) -> dict[str, Any]:
     precision.WORTH_MEASURING = 0  # a training that lasts measures; these are cut short
     data = PreparedData(pathlib.Path(options.folder) / "data")
     model = ModelOptions(name=options.models[0])
-    ends = []
+    ends, told = [], []
     with tempfile.TemporaryDirectory() as folder:
         made = train(
             TrainOptions(epochs=options.epochs, batch_size=options.batch),
@@ -160,10 +162,13 @@ def through_trimline(options: argparse.Namespace) -> dict[str, Any]:
             pathlib.Path(folder),
             strategy=tf.distribute.get_strategy(),
             seed=0,
-            trace=Trace(on_progress=lambda done, total, note: ends.append(clocks()) if done == int(done) else None),
+            trace=Trace(
+                on_progress=lambda done, total, note: ends.append(clocks()) if done == int(done) else None,
+                on_telling=told.append,
+            ),
         )
         rows = data.rows("train") // options.batch * options.batch
-        return {**per_example(ends, rows), "precision": made.facts["precision"]}
+        return {**per_example(ends, rows), "precision": made.facts["precision"], "told": told}
 
 
 def by_hand(options: argparse.Namespace) -> dict[str, Any]:
