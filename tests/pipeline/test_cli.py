@@ -69,7 +69,7 @@ def test_light_commands_load_no_heavy_library(tmp_path, arguments):
         (("run", "digits", "--until", "tain"), 2, "--until tain: not a stage; use one of preprocess"),
         (("run", "digits", "--force", "tain"), 2, "--force tain: not a stage"),
         (("run", "digits", "--set", "compress.recipes=[qat+prune]"), 2, "'prune' cannot follow 'qat'"),
-        (("run", "digits", "--set", "strategy.name=tpu"), 2, "strategy.name=tpu is reserved"),
+        (("run", "digits", "--set", "strategy.tpu=local"), 2, "strategy.tpu=local applies to tpu"),
         (
             ("run", "digits", "--set", "strategy.name=multi_worker", "--set", "strategy.workers=2"),
             2,
