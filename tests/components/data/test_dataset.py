@@ -235,6 +235,12 @@ def test_the_rows_of_a_batch_are_told_by_their_place_in_the_split(table: Prepare
         inputs, labels = made[epoch * steps + step]
         np.testing.assert_array_equal(inputs, x[rows])
         np.testing.assert_array_equal(labels, y[rows])
+    two = [
+        take(training_batches(table, batch_size=16, seed=1, resident_bytes=resident_bytes, share=Share(index, 2)), 3)[2]
+        for index in (0, 1)
+    ]
+    rows = rows_of_batch(table, batch_size=16, seed=1, epoch=0, step=2, workers=2, resident_bytes=resident_bytes)
+    np.testing.assert_array_equal(np.concatenate([inputs for inputs, _ in two]), x[rows])
 
 
 @WAYS
