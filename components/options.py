@@ -232,8 +232,13 @@ class EarlyStopping(Options):
 class StrategyOptions(Options):
     """Where the training runs; see `pipeline/strategy.py`."""
 
-    name: Literal["default", "mirrored", "multi_worker", "tpu"] = "default"
-    devices: Count | None = Field(None, description="mirrored: how many; null takes all.")
+    name: Literal["default", "mirrored", "multi_worker", "tpu", "split"] = "default"
+    devices: Count | None = Field(None, description="mirrored, split: how many; null takes all.")
+    layout: dict[Pattern, Annotated[int, Field(ge=0)]] = Field(
+        {},
+        description="split: the device of each layer, by name or regular expression, 0 is the first; a layer that none "
+        "names goes with the one before it. Empty: runs of layers that need about the same memory.",
+    )
     tpu: str | None = Field(
         None,
         description="tpu: name of a Cloud TPU, or local on a TPU VM; null: TPU_NAME from the environment, else local.",

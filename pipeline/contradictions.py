@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 from collections.abc import Iterator, Sequence
@@ -187,12 +188,56 @@ def _strategy_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
             ("strategy", "workers"),
             f"strategy.workers is for multi_worker only, got {workers} with strategy.name={name}; leave it out.",
         )
+    yield from _split_contradictions(config)
     if name == "multi_worker" and config.compress.recipes == AUTO:
         yield (
             ("compress", "recipes"),
             "compress.recipes=auto must run in one process, since its clock would end a step in one worker and not in the "
             "others, got strategy.name=multi_worker; train with --until train, then search with trimline compress.",
         )
+
+
+def _split_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    """What knows one device only, where layers lie on several."""
+    strategy, train = config.strategy, config.train
+    if strategy.name != "split":
+        if strategy.layout:
+            yield (
+                ("strategy", "layout"),
+                f"strategy.layout is for split only, got it with strategy.name={strategy.name}; leave it out.",
+            )
+        return
+    for pattern, place in strategy.layout.items():
+        if strategy.devices is not None and place >= strategy.devices:
+            yield (
+                ("strategy", "layout", pattern),
+                f"strategy.layout must name devices below strategy.devices={strategy.devices}, got {place} for '{pattern}'; 0 is the first.",
+            )
+    if train.xla is True:
+        yield (
+            ("train", "xla"),
+            "train.xla compiles for one device, got true with strategy.name=split; leave it out.",
+        )
+    if train.privacy is not None:
+        yield (
+            ("train", "privacy"),
+            "train.privacy computes each example on one device, got it with strategy.name=split; leave one of them out.",
+        )
+    if config.compress.recipes == AUTO:
+        yield (
+            ("compress", "recipes"),
+            "compress.recipes=auto trains models that are not split, got strategy.name=split; list formats, for instance float16, int8.",
+        )
+        return
+    for index, text in enumerate(config.compress.recipes):
+        with contextlib.suppress(ConfigError):  # told elsewhere
+            recipe = parse_recipe(text, config.compress.strengths)
+            if recipe.steps or recipe.format == RESCUE:
+                yield (
+                    ("compress", "recipes", index),
+                    f"compress.recipes must not train beside strategy.name=split, which splits the base training only, got '{text}'; "
+                    "keep to float32, float16, int8 and other formats, or compress the trained model on another machine.",
+                )
 
 
 def _compression_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:

@@ -95,6 +95,7 @@ def _know_layers(call: Call) -> None:
 def _train(call: Call) -> None:
     from components.training.model import build
     from components.training.train import train
+    from pipeline.strategy import make_split
 
     config, batches = call.config, call.batches(call.share)
     train(
@@ -108,6 +109,7 @@ def _train(call: Call) -> None:
         trace=call.trace,
         teachers=_teachers(call, "train"),
         rescale=config.strategy.rescale,
+        split=make_split(config.strategy),
     )
 
 

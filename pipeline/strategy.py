@@ -17,6 +17,8 @@ from components.training.replicas import check_batch
 if TYPE_CHECKING:
     import tensorflow as tf
 
+    from components.training.split import Split
+
 
 def check_strategy(options: StrategyOptions, batch_size: int, accumulate: int = 1) -> None:
     """What can be said about `options` without starting TensorFlow: of a global batch in `accumulate` parts.
@@ -30,11 +32,12 @@ def check_strategy(options: StrategyOptions, batch_size: int, accumulate: int = 
         raise ConfigError(
             f"strategy.tpu={options.tpu} applies to tpu, got strategy.name={options.name}; set strategy.name=tpu, or drop strategy.tpu."
         )
-    if options.devices is not None and options.name != "mirrored":
+    if options.devices is not None and options.name not in ("mirrored", "split"):
         raise ConfigError(
-            f"strategy.devices={options.devices} applies to mirrored, got strategy.name={options.name}; set strategy.name=mirrored, or drop strategy.devices."
+            f"strategy.devices={options.devices} applies to mirrored and split, got strategy.name={options.name}; set strategy.name=mirrored, or drop strategy.devices."
         )
-    check_batch(batch_size, options.devices or options.workers or 1, options.name, accumulate=accumulate)
+    replicas = 1 if options.name == "split" else options.devices or options.workers or 1
+    check_batch(batch_size, replicas, options.name, accumulate=accumulate)
 
 
 def make_strategy(options: StrategyOptions) -> tf.distribute.Strategy:
@@ -42,7 +45,8 @@ def make_strategy(options: StrategyOptions) -> tf.distribute.Strategy:
 
     `mirrored` copies the model to each GPU, or, where there is none, to each logical CPU device, and sums the gradients
     of their shares of the batch. `multi_worker` does so across the processes that TF_CONFIG names, and waits for them.
-    `tpu` connects to the TPU that `options.tpu` or the environment names; see `tpu.resolve`.
+    `tpu` connects to the TPU that `options.tpu` or the environment names; see `tpu.resolve`. `split` has one replica, whose
+    layers `make_split` places.
 
     Raises:
       ConfigError: There is no such TPU, or more devices are asked for than the machine has.
@@ -50,13 +54,26 @@ def make_strategy(options: StrategyOptions) -> tf.distribute.Strategy:
     check_strategy(options, batch_size=options.devices or options.workers or 1)
     import tensorflow as tf
 
-    if options.name == "default":
+    if options.name in ("default", "split"):
         return tf.distribute.get_strategy()
     if options.name == "multi_worker":
         return _multi_worker()
     if options.name == "tpu":
         return _tpu(options.tpu)
     return _mirrored(tuple(_devices(options.devices)))
+
+
+def make_split(options: StrategyOptions) -> Split | None:
+    """Which devices the layers of the model go to; None unless `options` name `split`.
+
+    Raises:
+      ConfigError: There are fewer devices than are asked for.
+    """
+    if options.name != "split":
+        return None
+    from components.training.split import Split
+
+    return Split(tuple(_devices(options.devices)), options.layout)
 
 
 @functools.cache

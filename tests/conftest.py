@@ -1,7 +1,9 @@
 """What all tests share: where real data lies, two logical CPU devices, quiet libraries."""
 
+import gc
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, when TensorFlow loads
@@ -12,6 +14,14 @@ import pytest
 # A busy machine makes any single example slow; the same examples every time keep a failure where it was.
 hypothesis.settings.register_profile("trimline", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("trimline")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_heap() -> Iterator[None]:
+    """What a module leaves behind is not looked through again: a walk collects garbage after each step, seconds of a large heap."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ device until someone looks, and is the plain `strategy.run` form that every tf.d
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ import tensorflow as tf
 from components.artifacts import Task
 from components.distillation import Lesson
 from components.training.privacy import Privacy
+from components.training.split import Split, beside_their_inputs, gradients
 from components.workers import Statistics, agreed, shared
 
 Tensor = Any  # tf.Tensor; TensorFlow ships no usable types
@@ -98,6 +100,7 @@ class Loop:
       xla: Compile the update with XLA.
       privacy: Shortens the gradient of each example and adds noise; penalties on weights, which no example has a part
         in, are left out of both.
+      split: On whose devices the layers of `model` are placed; not with `xla` or `privacy`, which know one device.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class Loop:
         accumulate: int = 1,
         xla: bool = False,
         privacy: Privacy | None = None,
+        split: Split | None = None,
     ) -> None:
         self._model = model
         self._optimizer = optimizer
@@ -120,6 +124,7 @@ class Loop:
         self._lesson = lesson
         self._accumulate = accumulate
         self._privacy = privacy
+        self._split = split
         self._update = tf.function(self._train_step, jit_compile=True) if xla else self._train_step
         self._statistics = Statistics(strategy, model.non_trainable_variables)
         self._advance = tf.function(self._advance_steps, jit_compile=False)
@@ -139,11 +144,17 @@ class Loop:
 
     def advance(self, iterator: Any, updates: int, totals: np.ndarray) -> np.ndarray:
         """Makes `updates` updates and returns `totals` with their sums added; the same numbers however they are cut."""
-        return self._advance(iterator, tf.constant(updates), tf.constant(totals)).numpy()
+        with self._at_home():
+            return self._advance(iterator, tf.constant(updates), tf.constant(totals)).numpy()
 
     def evaluate(self, iterator: Any, batches: int, totals: np.ndarray) -> np.ndarray:
         """Returns `totals` with loss and metric over the next `batches` batches added; the last one may be smaller."""
-        return self._evaluate(iterator, tf.constant(batches), tf.constant(totals)).numpy()
+        with self._at_home():
+            return self._evaluate(iterator, tf.constant(batches), tf.constant(totals)).numpy()
+
+    def _at_home(self) -> contextlib.AbstractContextManager[Any]:
+        """Where what belongs to no layer is computed."""
+        return contextlib.nullcontext() if self._split is None else tf.device(self._split.home)
 
     # The two bodies below are read by autograph: their `for` becomes a loop inside the graph.
 
@@ -176,7 +187,8 @@ class Loop:
         if self._privacy is not None:
             replica = tf.distribute.get_replica_context().replica_id_in_sync_group
             gradients = self._privacy.noised(gradients, self._optimizer.iterations, replica)
-        self._optimizer.apply(gradients, self._model.trainable_variables)
+        with contextlib.nullcontext() if self._split is None else beside_their_inputs():
+            self._optimizer.apply(gradients, self._model.trainable_variables)
         return sums
 
     def _share(self, x: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -213,7 +225,8 @@ class Loop:
             # Replicas' gradients are summed, so each counts for its share of the global mean.
             share = (tf.reduce_mean(guided) + extra) / self._strategy.num_replicas_in_sync
             share = self._optimizer.scale_loss(share)  # in mixed_float16; the optimizer divides what it gets
-        return tape.gradient(share, variables), self._sums(y, given, each + extra)
+        found = tape.gradient(share, variables) if self._split is None else gradients(share, variables)
+        return found, self._sums(y, given, each + extra)
 
     def _averaged(self, x: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor]:
         """As `_gradients`, part by part."""

@@ -19,6 +19,7 @@ from components.training.loop import Loop, Totals, make_loss
 from components.training.optimizer import Schedule, make_optimizer
 from components.training.precision import FLOAT16, computed_in, kind_of
 from components.training.privacy import Privacy, noise_key
+from components.training.split import Split, beside_their_weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class Maker:
       lesson: What a teacher adds.
       seed: Fixes the order of the examples.
       folder: Of the training; keeps the key of private noise.
+      split: Where the layers are placed, if on several devices.
     """
 
     options: TrainOptions
@@ -48,6 +50,7 @@ class Maker:
     lesson: Lesson | None
     seed: int
     folder: pathlib.Path
+    split: Split | None = None
 
     @property
     def kind(self) -> str:
@@ -65,6 +68,8 @@ class Maker:
             made = make_optimizer(
                 options.optimizer, self.steps, max(1, options.epochs), scaled=precision == FLOAT16, rate=rate
             )
+            if self.split is not None:
+                beside_their_weights(made)
             made.build(self.variables)
         return made
 
@@ -83,8 +88,9 @@ class Maker:
             self.strategy,
             self.lesson,
             accumulate=options.accumulate,
-            xla=self.kind != "CPU" if options.xla == "auto" else options.xla,
+            xla=self.kind != "CPU" and self.split is None if options.xla == "auto" else options.xla,
             privacy=privacy,
+            split=self.split,
         )
 
     def timer(self, precision: str) -> Callable[[], float]:

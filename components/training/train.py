@@ -33,9 +33,12 @@ from components.training.precision import CHOICE, Choice, choose, computed_in
 from components.training.privacy import KEY, promise
 from components.training.rematerialize import rematerialized
 from components.training.replicas import check_batch, rescaled
+from components.training.split import Split, placed
 from components.training.trainable import check_trainable
 from components.training.transfer import merged, transferred
 from components.workers import check_share, several
+
+_SLOTS = {"sgd": 1, "adam": 2, "adamw": 2}  # numbers that an optimizer keeps for each weight
 
 
 def train(
@@ -50,6 +53,7 @@ def train(
     trace: Trace,
     teachers: Callable[[], tuple[Teacher, ...]] = tuple,
     rescale: bool = False,
+    split: Split | None = None,
 ) -> TrainedModel:
     """Trains and writes `model.keras`, `history.json` and, last, `trained.json`.
 
@@ -64,6 +68,7 @@ def train(
       trace: Progress counts epochs; steps of the scalars are epochs, 1 is the first.
       teachers: Loads those that `options.distill` names; called under the strategy's scope.
       rescale: Batch size and learning rate are those of one replica; see `rescaled`.
+      split: Places the layers on several devices; with the strategy of one.
 
     Returns:
       The folder's artifact. Its facts: outputs, parameters, epochs, best_epoch (whose weights these are; 1 is the
@@ -79,8 +84,8 @@ def train(
         options = _rescale(options, strategy, trace)
     steps = _check(options, batches, strategy, trace)
     with contextlib.ExitStack() as stack:
-        with strategy.scope():
-            model = build_model()
+        with strategy.scope(), tf.device("CPU:0") if split is not None else contextlib.nullcontext():
+            model = build_model()  # one that is to be split may be too large for any other device
             outputs = outputs_of(model, model_options)
             lesson = make_lesson(options.distill, teachers, batches.spec.task, outputs)
         check_trainable(model, options)
@@ -94,6 +99,10 @@ def train(
             trace.tell(
                 f"rematerialized: {len(again)} layers, {', '.join(again[:5])}{', ...' if len(again) > 5 else ''}"
             )
+        if split is not None:
+            size, slots = options.batch_size // options.accumulate, _SLOTS[options.optimizer.name]
+            parts = stack.enter_context(placed(model, split, batch_size=size, slots=slots))
+            trace.tell(f"split: {'; '.join(map(str, parts))}")
         variables = model.trainable_variables if stages is None else stages.variables
         make = Maker(
             options=options,
@@ -106,6 +115,7 @@ def train(
             lesson=lesson,
             seed=seed,
             folder=folder,
+            split=split,
         )
         chosen = Choice("float32", "nothing is trained")
         if options.epochs:

@@ -95,3 +95,31 @@ def test_columns_are_not_chosen_anew_beside_an_earlier_transform(tmp_path):
         from_dict(config)
     del config["preprocess"]["select"]
     assert from_dict(config).preprocess.transform == str(tmp_path / "transform.json")
+
+
+SPLIT = {**BASE, "train": {}, "strategy": {"name": "split", "devices": 2}}
+
+
+def test_a_split_training_that_is_only_written_in_other_formats_is_fine():
+    assert from_dict({**SPLIT, "strategy": {"name": "split", "layout": {"dense.*": 1}}}).strategy.layout == {
+        "dense.*": 1
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"strategy": {"layout": {"a": 0}}}, r"strategy\.layout is for split only, got it with strategy\.name=default"),
+        (
+            {"strategy": {**SPLIT["strategy"], "layout": {"a": 2}}},
+            r"strategy\.layout must name devices below strategy\.devices=2, got 2 for 'a'; 0 is the first",
+        ),
+        ({"train": {"xla": True}}, r"train\.xla compiles for one device, got true with strategy\.name=split"),
+        ({"train": {"privacy": {"noise": 1.0}}}, r"train\.privacy computes each example on one device"),
+        ({"compress": {"recipes": "auto"}}, r"compress\.recipes=auto trains models that are not split"),
+        ({"compress": {"recipes": ["int8", "qat"]}}, r"must not train beside strategy\.name=split, .* got 'qat'"),
+    ],
+)
+def test_what_knows_one_device_only_is_refused_beside_split(changed, message):
+    with pytest.raises(ConfigError, match=message):
+        from_dict({**SPLIT, **changed})

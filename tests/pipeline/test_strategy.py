@@ -5,7 +5,7 @@ import pytest
 
 from components.errors import ConfigError
 from components.options import StrategyOptions
-from pipeline.strategy import check_strategy, make_strategy
+from pipeline.strategy import check_strategy, make_split, make_strategy
 
 
 def test_a_tpu_that_is_not_there_is_an_error_of_the_configuration():
@@ -35,10 +35,26 @@ def test_the_batch_must_divide_by_the_devices():
 
 
 def test_devices_without_mirrored_are_refused():
-    with pytest.raises(ConfigError, match=r"strategy\.devices=2 applies to mirrored, got strategy\.name=default"):
+    with pytest.raises(
+        ConfigError, match=r"strategy\.devices=2 applies to mirrored and split, got strategy\.name=default"
+    ):
         check_strategy(StrategyOptions(devices=2), 64)
-    with pytest.raises(ConfigError, match=r"strategy\.devices=2 applies to mirrored, got strategy\.name=multi_worker"):
+    with pytest.raises(
+        ConfigError, match=r"strategy\.devices=2 applies to mirrored and split, got strategy\.name=multi_worker"
+    ):
         check_strategy(StrategyOptions(name="multi_worker", workers=2, devices=2), 64)
+
+
+def test_a_split_model_has_one_replica_and_its_devices_in_order(two_devices):
+    check_strategy(StrategyOptions(name="split", devices=2), 7)
+    assert make_strategy(StrategyOptions(name="split")).num_replicas_in_sync == 1
+    made = make_split(StrategyOptions(name="split", layout={"a.*": 1}))
+    assert made is not None
+    assert made.devices == tuple(two_devices)
+    assert made.layout == {"a.*": 1}
+    assert make_split(StrategyOptions(name="mirrored")) is None
+    with pytest.raises(ConfigError, match=r"strategy\.devices=3 asks for more than the 2 CPU devices of this machine"):
+        make_split(StrategyOptions(name="split", devices=3))
 
 
 def in_a_fresh_process(code: str) -> str:
