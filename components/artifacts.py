@@ -154,6 +154,7 @@ class Batches:
         the first, that make one batch of `training`; None where nobody can tell.
       share: Of several processes each gets its share of every batch: `batch_size` stays global, and the data sets hold
         `share.part(batch_size)` of its rows.
+      first_apart: The data set that starts at epoch 0 ends after it; the rest is asked for then.
     """
 
     spec: DataSpec
@@ -162,6 +163,7 @@ class Batches:
     rows: Mapping[str, int]
     rows_of: Callable[[int, int, int, int], Any] | None = None
     share: Share = Share()
+    first_apart: bool = False
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Whole batches in one epoch; the remainder is dropped so that shapes stay static."""

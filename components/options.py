@@ -351,6 +351,11 @@ class TrainOptions(Options):
         False,
         description="Compute activations inside layers again for the gradient rather than keep them: less memory, more time.",
     )
+    overlap: bool = Field(
+        False,
+        description="The first epoch reads the data while preprocessing writes them, in that order; trimline run --overlap "
+        "sets it. It pays where preprocessing takes long.",
+    )
     profile: tuple[Count, Count] | None = Field(
         None, description="First and last update that TensorBoard's profiler watches; 1 is the first of the training."
     )

@@ -54,6 +54,12 @@ def run(
     budget: Budget = None,
     until: Until = None,
     force: Force = [],  # noqa: B006 - typer copies it
+    overlap: Annotated[
+        bool,
+        typer.Option(
+            "--overlap", help="Train the first epoch while the data are still being prepared: train.overlap=true."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Walk the journey: preprocess, train, compress, export, measure, select, bundle, report.
@@ -63,7 +69,8 @@ def run(
     from pipeline.config import load_config, searching
 
     with _errors():
-        _walk(load_config(config, [*overrides, *searching(budget)]), until, force, as_json)
+        more = ["train.overlap=true"] if overlap else []
+        _walk(load_config(config, [*overrides, *searching(budget), *more]), until, force, as_json)
 
 
 @app.command()

@@ -129,12 +129,26 @@ def _training_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
         )
     if train.privacy is not None:
         yield from _leaks(config)
+    if train.overlap:
+        yield from _no_overlap(config)
     if train.early_stopping is not None and not config.preprocess.splits.validation:
         yield (
             ("train", "early_stopping"),
             "train.early_stopping must have a validation split, got preprocess.splits.validation=0; give it a share, "
             "for instance 0.1.",
         )
+
+
+def _no_overlap(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    """What needs all data, or another order of them, from the first epoch on."""
+    reasons = {
+        "for a training, got train.epochs=0": not config.train.epochs,
+        "for one process, got strategy.name=multi_worker": config.strategy.name == "multi_worker",
+        "not for train.privacy, whose promise rests on batches drawn from all rows": config.train.privacy is not None,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            yield ("train", "overlap"), f"train.overlap is {reason}; leave it out."
 
 
 def _leaks(config: Config) -> Iterator[tuple[KeyPath, str]]:

@@ -15,10 +15,12 @@ class Screen:
 
     Args:
       console: Where to; None shows nothing.
+      bar: False shows lines only.
     """
 
-    def __init__(self, console: rich.console.Console | None) -> None:
+    def __init__(self, console: rich.console.Console | None, *, bar: bool = True) -> None:
         self._console = console
+        self._wants_bar = bar
         self._bar: rich.progress.Progress | None = None
         self._task: rich.progress.TaskID | None = None
         self._steps = 0
@@ -28,6 +30,10 @@ class Screen:
     def silent(cls) -> Screen:
         """A screen that shows nothing."""
         return cls(None)
+
+    def beside(self) -> Screen:
+        """For a step that is carried out at the same time as the one that has the bar: lines on the same console."""
+        return Screen(self._console, bar=False)
 
     def start(self, steps: int) -> None:
         """Says how many steps the plan has."""
@@ -82,7 +88,7 @@ class Screen:
         if self._console is None:
             yield
             return
-        if self._console.is_terminal and self._bar is None:
+        if self._console.is_terminal and self._bar is None and self._wants_bar:
             with self._live(f"{number + 1}/{self._steps} {name}"):
                 yield
         else:

@@ -13,6 +13,7 @@ from components.recipe import Recipe
 from components.tracing import Trace
 
 if TYPE_CHECKING:
+    from pipeline.ahead import Ahead
     from pipeline.config import Config
 
 
@@ -33,6 +34,7 @@ class Call:
       seconds: Step name -> how long it worked.
       trace: Where numbers, progress and warnings go.
       share: Of the batches, where several processes train together.
+      ahead: The preprocessing, where it is carried out beside the training: of `preprocess` and `train`.
     """
 
     name: str
@@ -47,11 +49,12 @@ class Call:
     seconds: dict[str, float]
     trace: Trace
     share: Share = Share()
+    ahead: Ahead | None = None
 
     @property
     def data(self) -> PreparedData:
         """The prepared data, which every later stage may read."""
-        return PreparedData(self.takes["preprocess"])
+        return PreparedData(self.takes["preprocess"]) if self.ahead is None else self.ahead.data
 
     @functools.cached_property
     def strategy(self) -> Any:
@@ -60,11 +63,11 @@ class Call:
 
         return make_strategy(self.config.strategy)
 
-    def batches(self, share: Share = Share()) -> Batches:  # noqa: B008, frozen
+    def batches(self, share: Share = Share(), *, overlap: bool = False) -> Batches:  # noqa: B008, frozen
         """The training data as `tf.data`, augmented as the configuration says; all of it, or this process's share."""
         from components.data.dataset import make_batches
 
-        return make_batches(self.data, augmentation=self.config.train.augmentation, share=share)
+        return make_batches(self.data, augmentation=self.config.train.augmentation, share=share, overlap=overlap)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,6 +41,7 @@ def _preprocess(call: Call) -> None:
         task=None if config.task == "auto" else config.task,
         seed=config.seed,
         golden=config.bundle.golden,
+        opens=call.ahead is not None,
         trace=call.trace,
     )
 
@@ -97,7 +98,7 @@ def _train(call: Call) -> None:
     from components.training.train import train
     from pipeline.strategy import make_split
 
-    config, batches = call.config, call.batches(call.share)
+    config, batches = call.config, call.batches(call.share, overlap=call.config.train.overlap)
     train(
         config.train,
         functools.partial(build, config.model, batches.spec, seed=config.seed),
@@ -111,6 +112,8 @@ def _train(call: Call) -> None:
         rescale=config.strategy.rescale,
         split=make_split(config.strategy),
     )
+    if call.ahead is not None:
+        call.ahead.data.whole()  # what was read must be what is there in the end
 
 
 def _compress(call: Call) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from components.artifacts import Share
 from components.errors import BudgetError, ModelError, TrimlineError, WorkerError
 from components.tracing import Trace
+from pipeline.ahead import Ahead
 from pipeline.plan import Plan, Step
 from pipeline.screen import Screen
 from pipeline.stage import Call
@@ -41,6 +42,7 @@ class Walk:
       lost: Step name -> why it has none.
       failures: Recipe -> why it was not measured.
       skipped: Those of them whose time was up.
+      ahead: The preprocessing, while the first training goes on beside it.
       trials: Recipe -> why a search tried it; empty where the user named the recipes.
     """
 
@@ -54,6 +56,7 @@ class Walk:
     failures: dict[str, str] = dataclasses.field(default_factory=dict)
     skipped: list[str] = dataclasses.field(default_factory=list)
     trials: dict[str, str] = dataclasses.field(default_factory=dict)
+    ahead: Ahead | None = None
 
     def go(self, plan: Plan) -> None:
         """Every step of `plan` that was not walked yet, in order."""
@@ -62,12 +65,15 @@ class Walk:
         steps = [step for step in plan.steps if not step.lazy and step.name not in walked]
         self.screen.start(len(self.done) + len(self.lost) + len(steps))
         for step in steps:
+            if self._goes_ahead(plan, step, steps):
+                self._start_ahead(plan, step)
+                continue
             broken = next((self.lost[each] for each in step.takes if each in self.lost), None)
             if broken is not None and step.stage.name in PER_RECIPE:
                 self.lost[step.name] = broken
             else:
                 try:
-                    self.done[step.name] = self._carry_out(plan, step)
+                    self.done[step.name] = self._carry_out(plan, step) if self.ahead is None else self._meet(plan, step)
                     continue
                 except Exception as error:  # kept: in the log with its traceback, and in results.json
                     stops = isinstance(error, WorkerError) or (self.team is not None and self.team.broken)
@@ -79,6 +85,46 @@ class Walk:
                         plan.store.fail(step.key, str(error))
             if step.recipe is not None and step.stage.name == "measure":
                 self.failures[str(step.recipe)] = self.lost[step.name]
+
+    def _goes_ahead(self, plan: Plan, step: Step, steps: list[Step]) -> bool:
+        """Whether the next step may begin while this one is carried out."""
+        if step.stage.name != "preprocess" or not plan.config.train.overlap or plan.cached(step):
+            return False
+        after = steps[steps.index(step) + 1 :]
+        return bool(after) and after[0].stage.name == "train" and not plan.cached(after[0])
+
+    def _start_ahead(self, plan: Plan, step: Step) -> None:
+        folder, partial = plan.store.folder(step.key), plan.store.partial(step.key)
+        beside = dataclasses.replace(self, screen=self.screen.beside())
+        self.ahead = beside.ahead = Ahead(lambda pulse: beside._preprocess(plan, step, pulse), folder, partial)
+        if not self.ahead.start():
+            self.ahead = None
+        self.done[step.name] = folder
+
+    def _preprocess(self, plan: Plan, step: Step, pulse: Callable[[], None]) -> None:
+        self.pulse = pulse
+        self._carry_out(plan, step)
+
+    def _meet(self, plan: Plan, step: Step) -> pathlib.Path:
+        """The training beside the preprocessing, which is over then; again where rows that it counted on were malformed."""
+        assert self.ahead is not None
+        ahead, made = self.ahead, None
+        try:
+            made = self._carry_out(plan, step)
+        except Exception:
+            data = ahead.finish()  # what it raises is what the training suffered from
+            if data.rows("train") == ahead.data.rows("train"):
+                raise
+        except BaseException:
+            ahead.cancel()
+            raise
+        finally:
+            self.ahead = None
+        if made is None:
+            self.screen.warn("Records turned out malformed that the first epoch counted on: the training starts again.")
+            plan.store.remove(step.key)
+            made = self._carry_out(plan, step)
+        return made
 
     def forget(self, plan: Plan) -> None:
         """Takes the steps of `plan` that are forced and were not walked yet out of the store."""
@@ -159,10 +205,11 @@ class Walk:
             seconds={
                 each.name: plan.store.seconds(plan.key(each, self.said))
                 for each in plan.steps
-                if each.name in self.done
+                if each.name in self.done and (self.ahead is None or each.stage.name != "preprocess")
             },
             trace=trace,
             share=Share() if self.team is None else self.team.place.share,
+            ahead=self.ahead,
         )
 
 

@@ -27,6 +27,7 @@ import tensorflow as tf
 from components.artifacts import SPLITS, Batches, PreparedData, Share
 from components.data.augment import augment, check_augmentation
 from components.data.blocks import Layout, read_blocks
+from components.data.opened import WAVES, OpenedData, records
 from components.data.shards import Shards
 from components.data.transform import RANGES, in_range
 from components.errors import ConfigError, ContractError
@@ -43,39 +44,72 @@ _FILES_AT_ONCE = 16
 _BLOCKS_AT_ONCE = 256
 
 
-def make_batches(data: PreparedData, *, augmentation: Augmentation, share: Share = Share()) -> Batches:  # noqa: B008, frozen
+def make_batches(
+    data: PreparedData,
+    *,
+    augmentation: Augmentation,
+    share: Share = Share(),  # noqa: B008, frozen
+    overlap: bool = False,
+) -> Batches:
     """What a training stage needs of `data`, with nothing read yet.
 
     Args:
       data: Prepared; its files are looked at, not read.
       augmentation: Of the training split only.
       share: Of the process; batches hold its rows only.
+      overlap: The first epoch reads files in the order in which they were written, or are written just now, where `data`
+        is `OpenedData`; see `first_batches`. What needs all of them waits.
 
     Raises:
       ConfigError: See `check_augmentation`.
       ContractError: A file of the manifest is absent or has another size, or manifest and transform do not agree.
     """
     check_augmentation(augmentation, data.spec)
-    for split in SPLITS:
+    opened = isinstance(data, OpenedData)
+    for split in () if opened else SPLITS:
         _check_files(data, split)
     _Inputs.of(data)
+
+    def whole() -> PreparedData:
+        return data.whole() if isinstance(data, OpenedData) else data
+
+    def training(batch_size: int, seed: int, first_epoch: int) -> tf.data.Dataset:
+        if overlap and first_epoch == 0:
+            return first_batches(data, batch_size=batch_size, seed=seed, augmentation=augmentation)
+        return training_batches(
+            whole(), batch_size=batch_size, seed=seed, first_epoch=first_epoch, augmentation=augmentation, share=share
+        )
+
+    def rows_of(batch_size: int, seed: int, epoch: int, step: int) -> np.ndarray:
+        if overlap and epoch == 0:
+            _, columns = next(iter(_first_rows(whole(), batch_size, seed).skip(step)))
+            return np.asarray(columns[_ROW]).astype(np.int64)
+        return rows_of_batch(whole(), batch_size=batch_size, seed=seed, epoch=epoch, step=step, workers=share.count)
+
     return Batches(
         spec=data.spec,
-        training=lambda batch_size, seed, first_epoch: training_batches(
-            data, batch_size=batch_size, seed=seed, first_epoch=first_epoch, augmentation=augmentation, share=share
-        ),
-        ordered=lambda split, batch_size: batches(data, split, batch_size=batch_size, share=share),
+        training=training,
+        ordered=lambda split, batch_size: batches(whole(), split, batch_size=batch_size, share=share),
         rows={split: data.rows(split) for split in SPLITS},
-        rows_of=lambda batch_size, seed, epoch, step: rows_of_batch(
-            data, batch_size=batch_size, seed=seed, epoch=epoch, step=step, workers=share.count
-        ),
+        rows_of=rows_of,
         share=share,
+        first_apart=overlap,
     )
 
 
 def steps_per_epoch(data: PreparedData, batch_size: int) -> int:
     """Whole batches in one epoch; the remainder is dropped so that shapes stay static."""
     return data.rows("train") // batch_size
+
+
+def _steps(data: PreparedData, batch_size: int) -> int:
+    """Of an epoch; at least one."""
+    steps = steps_per_epoch(data, batch_size)
+    if not steps:
+        raise ConfigError(
+            f"train.batch_size={batch_size} exceeds the {data.rows('train')} rows of the training split, and a batch must be whole: use {data.rows('train')} or less."
+        )
+    return steps
 
 
 def training_batches(
@@ -110,11 +144,7 @@ def training_batches(
     """
     check_augmentation(augmentation, data.spec)
     _check_files(data, "train")
-    steps = steps_per_epoch(data, batch_size)
-    if not steps:
-        raise ConfigError(
-            f"train.batch_size={batch_size} exceeds the {data.rows('train')} rows of the training split, and a batch must be whole: use {data.rows('train')} or less."
-        )
+    _steps(data, batch_size)
     if batch_size % share.count:
         raise ConfigError(
             f"train.batch_size={batch_size} must divide by the {share.count} workers (remainder {batch_size % share.count}): use {batch_size - batch_size % share.count + share.count}."
@@ -132,6 +162,45 @@ def training_batches(
     made = made.map(finish, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     made = made.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
     return _with_options(made)
+
+
+def first_batches(
+    data: PreparedData,
+    *,
+    batch_size: int,
+    seed: int,
+    augmentation: Augmentation = Augmentation(),  # noqa: B008, frozen
+) -> tf.data.Dataset:
+    """The first epoch over files in the order in which they are written; waits for those that are not there yet.
+
+    Files follow one another by a hash of the seed; rows are shuffled within super-batches of up to a sixteenth of all rows.
+    Batches as those of `training_batches`, and as many, then the data set ends. The same whether `data` are whole or not.
+
+    Raises:
+      ConfigError: The split has fewer rows than a batch.
+    """
+    steps = _steps(data, batch_size)
+    inputs, key = _Inputs.of(data), tf.constant([seed, 0], tf.int64)
+
+    def finish(step: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
+        x, y = inputs.expand(columns)
+        return augment(x, _key(key, _FIRST_STEP + step), augmentation, RANGES.get(inputs.pixels, (0.0, 1.0))), y
+
+    made = _first_rows(data, batch_size, seed).take(steps)
+    made = made.map(finish, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return _with_options(made.apply(tf.data.experimental.assert_cardinality(steps)))
+
+
+def _first_rows(data: PreparedData, batch_size: int, seed: int) -> tf.data.Dataset:
+    """(step, columns) of each batch of the first epoch."""
+    layout, key = _Inputs.of(data).layout, tf.constant([seed, 0], tf.int64)
+    most = min(SUPER_ROWS, SHUFFLE_BYTES // layout.row_bytes, data.rows("train") // WAVES)
+    signature = (tf.TensorSpec((), tf.string), tf.TensorSpec((), tf.int64))
+    made = tf.data.Dataset.from_generator(lambda: records(data, seed), output_signature=signature)
+    made = made.map(functools.partial(_numbered, layout), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    made = made.rebatch(max(batch_size, most)).enumerate().map(functools.partial(_permuted, _key(key, _ROWS)))
+    made = made.rebatch(batch_size, drop_remainder=True).enumerate()
+    return made.map(lambda step, columns: (tf.cast(step, tf.int32), columns))
 
 
 def rows_of_batch(

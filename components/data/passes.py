@@ -92,13 +92,18 @@ def second(job: Job, descriptor: Descriptor) -> dict[int, dict[str, Any]]:
     for split in SPLITS:
         places = np.flatnonzero(assigned == split)
         if len(places):
-            name = f"{split}-{descriptor.index:05d}.tfrecord"
-            files[split] = write_blocks(job.folder / name, _blocks(columns, places, job.options.block_rows))
+            path = job.folder / file_name(split, descriptor.index)
+            files[split] = write_blocks(path, _blocks(columns, places, job.options.block_rows))
     _write_quarantine(job.folder / WORK / f"bad-{descriptor.index:05d}.jsonl", bad)
     facts = {"files": files, "bad": len(bad), "first_bad": bad[: statistics.SHOWN_BAD], "classes": {}}
     if labels.dtype == np.int32:
         facts["classes"] = {split: np.bincount(labels[assigned == split]).tolist() for split in files}
     return {descriptor.index: facts}
+
+
+def file_name(split: str, index: int) -> str:
+    """Of the blocks that descriptor `index` gives for `split`."""
+    return f"{split}-{index:05d}.tfrecord"
 
 
 def sorted_out(job: Job, descriptor: Descriptor) -> tuple[Rows, np.ndarray, np.ndarray, list[Bad]]:

@@ -24,6 +24,7 @@ from components.data.again import earlier
 from components.data.blocks import read_blocks
 from components.data.csvfile import Bad
 from components.data.fit import fit
+from components.data.opened import OPENING, in_order, waves
 from components.data.passes import Job
 from components.data.schema import Schema, infer
 from components.data.source import Descriptor, descriptors, peek
@@ -44,6 +45,7 @@ def preprocess(
     task: Task | None,
     seed: int,
     golden: int = 16,
+    opens: bool = False,
     trace: Trace,
 ) -> PreparedData:
     """Prepares `source` and leaves the result in `folder`, which is emptied first.
@@ -53,8 +55,10 @@ def preprocess(
       options: How they become features.
       folder: Exists; may hold what a killed attempt left.
       task: None: found from the labels.
-      seed: Of the feature selection; all else depends on the data alone.
+      seed: Of the feature selection, and of the order in which files are written; what they hold depends on the data alone.
       golden: Raw records that are kept with their features, from the calibration split first.
+      opens: Says as soon as the transform is fitted what will be there, and writes file by file, so that a training may
+        read meanwhile: see `components.data.opened`. The artifact is the same.
       trace: Progress in records read (both passes), counts, quarantine, histograms, pictures.
 
     Returns:
@@ -85,8 +89,10 @@ def preprocess(
         else:
             transform, features = earlier(pathlib.Path(options.transform), schema, stats)
         job = dataclasses.replace(job, transform=transform)
-        written = passes.run(
-            "blocks", passes.second, _union, job, cuts, lambda n: trace.progress(total + n, 2 * total, "blocks")
+        if opens:
+            write_json(folder / OPENING, {"manifest": _opening(job, stats, features), "transform": transform})
+        written = _second_pass(
+            job, waves(in_order(cuts, seed, lambda cut: cut.index)) if opens else [cuts], total, trace
         )
         manifest = _manifest(job, cuts, written, features)
         records = _golden(job, cuts, manifest, golden)
@@ -119,6 +125,37 @@ def _with_origin(cuts: list[Descriptor]) -> list[Descriptor]:
     if any(cut.origin == "test" for cut in cuts):
         return cuts
     return [dataclasses.replace(cut, origin="all") for cut in cuts]
+
+
+def _second_pass(job: Job, parts: Iterable[list[Descriptor]], total: int, trace: Trace) -> dict[int, dict[str, Any]]:
+    """Rows of the manifest by descriptor; part by part."""
+    written: dict[int, dict[str, Any]] = {}
+    done = total
+    for part in parts:
+        trace.pulse()
+
+        def tell(records: int, before: int = done) -> None:
+            trace.progress(before + records, 2 * total, "blocks")
+
+        written |= passes.run("blocks", passes.second, _union, job, part, tell)
+        done += sum(cut.records for cut in part)
+    return written
+
+
+def _opening(job: Job, stats: Statistics, features: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a training must know of the manifest."""
+    spec = _spec(job, features)
+    splits = {}
+    for split in SPLITS:
+        rows = {index: part.rows[split] for index, part in sorted(stats.parts.items()) if part.rows.get(split)}
+        files = [{"name": passes.file_name(split, index), "rows": count} for index, count in rows.items()]
+        splits[split] = {"rows": sum(rows.values()), "files": files}
+    return {
+        "spec": spec.to_json(),
+        "columns": _columns(spec, features),
+        "block_rows": job.options.block_rows,
+        "splits": splits,
+    }
 
 
 def _union(many: Iterable[dict[int, Any]]) -> dict[int, Any]:
@@ -234,6 +271,7 @@ def _write(
             part = job.folder / passes.WORK / f"bad-{cut.index:05d}.jsonl"
             whole.write(part.read_bytes() if part.exists() else b"")
     shutil.rmtree(job.folder / passes.WORK)
+    (job.folder / OPENING).unlink(missing_ok=True)
     write_json(job.folder / "manifest.json", manifest)
 
 
@@ -283,7 +321,7 @@ def _golden_of(job: Job, cuts: list[Descriptor], split: str, manifest: dict[str,
     names = manifest["spec"]["labels"]
     index = itertools.count()
     for cut in cuts:
-        path = job.folder / f"{split}-{cut.index:05d}.tfrecord"
+        path = job.folder / passes.file_name(split, cut.index)
         if not path.exists():
             continue
         raw, assigned, labels, _ = passes.sorted_out(job, cut)

@@ -90,11 +90,13 @@ class Part:
       moments: name -> of width 1; 'values' -> of the row's width; LABEL for regression.
       sketches: name -> serialised t-digest.
       bad: First malformed records.
+      rows: Sound ones by split; undecoded pictures count as sound.
     """
 
     moments: Mapping[str, Moments]
     sketches: Mapping[str, bytes]
     bad: list[Bad]
+    rows: Mapping[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,9 +181,10 @@ def observe(index: int, rows: Rows, assigned: np.ndarray, schema: Schema, order:
                 sketches[column.name] = _sketch(values)
     if not isinstance(label, Coded):
         found[LABEL] = moments(np.asarray(label, np.float64)[:, None])
+    counts = collections.Counter(assigned.tolist())
     return Statistics(
-        {index: Part(found, sketches, rows.bad[:SHOWN_BAD])},
-        collections.Counter(assigned.tolist()),
+        {index: Part(found, sketches, rows.bad[:SHOWN_BAD], counts)},
+        counts,
         len(rows.bad),
         categories,
         count_texts(label) if isinstance(label, Coded) else collections.Counter(),

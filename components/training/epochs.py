@@ -88,18 +88,24 @@ class Training:
         """
         if self._over():
             return
-        data = self.batches.training(self.options.batch_size, self.seed, self.epoch)
-        iterator = self.loop.iterator(data.skip(self.done) if self.done else data)
+        iterator = self._iterator()
         with Stop() as stop:
             try:
                 while not self._over():
                     self._one_epoch(iterator, stop)
                     self.save()
+                    if self.batches.first_apart and self.epoch == 1 and not self._over():
+                        iterator = self._iterator()
             except _Asked:  # a second signal is no _Asked: it may come in the middle of an update
                 self.save()
                 raise
             finally:
                 self._profiler.close()
+
+    def _iterator(self) -> Any:
+        """From the next update on."""
+        data = self.batches.training(self.options.batch_size, self.seed, self.epoch)
+        return self.loop.iterator(data.skip(self.done) if self.done else data)
 
     def learned(self) -> dict[str, Any]:
         """Facts of a training: those of the epoch whose weights are kept."""
