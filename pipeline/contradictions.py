@@ -203,12 +203,30 @@ def _strategy_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
             f"strategy.workers is for multi_worker only, got {workers} with strategy.name={name}; leave it out.",
         )
     yield from _split_contradictions(config)
+    yield from _base_training_only(config)
     if name == "multi_worker" and config.compress.recipes == AUTO:
         yield (
             ("compress", "recipes"),
             "compress.recipes=auto must run in one process, since its clock would end a step in one worker and not in the "
             "others, got strategy.name=multi_worker; train with --until train, then search with trimline compress.",
         )
+
+
+def _base_training_only(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    """Recipes that train, under a strategy that knows Keras 3 models and no twins."""
+    name = config.strategy.name
+    if name not in ("split", "tpu"):
+        return
+    told = f"must not train beside strategy.name={name}, which takes the base training only, got"
+    instead = "keep to float32, float16, int8 and other formats, and compress the trained model without it: trimline compress MODEL.keras --data CONFIG."
+    if config.compress.recipes == AUTO:
+        yield ("compress", "recipes"), f"compress.recipes {told} auto; {instead}"
+        return
+    for index, text in enumerate(config.compress.recipes):
+        with contextlib.suppress(ConfigError):  # told elsewhere
+            recipe = parse_recipe(text, config.compress.strengths)
+            if recipe.steps or recipe.format == RESCUE:
+                yield ("compress", "recipes", index), f"compress.recipes {told} '{text}'; {instead}"
 
 
 def _split_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
@@ -237,21 +255,6 @@ def _split_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
             ("train", "privacy"),
             "train.privacy computes each example on one device, got it with strategy.name=split; leave one of them out.",
         )
-    if config.compress.recipes == AUTO:
-        yield (
-            ("compress", "recipes"),
-            "compress.recipes=auto trains models that are not split, got strategy.name=split; list formats, for instance float16, int8.",
-        )
-        return
-    for index, text in enumerate(config.compress.recipes):
-        with contextlib.suppress(ConfigError):  # told elsewhere
-            recipe = parse_recipe(text, config.compress.strengths)
-            if recipe.steps or recipe.format == RESCUE:
-                yield (
-                    ("compress", "recipes", index),
-                    f"compress.recipes must not train beside strategy.name=split, which splits the base training only, got '{text}'; "
-                    "keep to float32, float16, int8 and other formats, or compress the trained model on another machine.",
-                )
 
 
 def _compression_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:

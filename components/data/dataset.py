@@ -14,7 +14,6 @@ process, cut; streaming, each takes a run of rows of the epoch's shuffled files 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import pathlib
@@ -27,14 +26,14 @@ import tensorflow as tf
 from components.artifacts import SPLITS, Batches, PreparedData, Share
 from components.data.augment import augment, check_augmentation
 from components.data.blocks import Layout, read_blocks
+from components.data.inputs import Columns, Inputs, parse
 from components.data.opened import WAVES, OpenedData, records
 from components.data.shards import Shards
-from components.data.transform import RANGES, in_range
+from components.data.transform import RANGES
 from components.errors import ConfigError, ContractError
 from components.options import Augmentation
 
 Tensor = Any  # tf.Tensor; TensorFlow ships no usable types
-Columns = dict[str, Tensor]
 # As stored: 80 bytes a row make 6 million rows, 784 make 680,000.
 RESIDENT_BYTES = 512 << 20
 # A shuffle buffer of blocks, and again a super-batch of rows, may take this much.
@@ -68,7 +67,7 @@ def make_batches(
     opened = isinstance(data, OpenedData)
     for split in () if opened else SPLITS:
         _check_files(data, split)
-    _Inputs.of(data)
+    Inputs.of(data)
 
     def whole() -> PreparedData:
         return data.whole() if isinstance(data, OpenedData) else data
@@ -149,7 +148,7 @@ def training_batches(
         raise ConfigError(
             f"train.batch_size={batch_size} must divide by the {share.count} workers (remainder {batch_size % share.count}): use {batch_size - batch_size % share.count + share.count}."
         )
-    inputs = _Inputs.of(data)
+    inputs = Inputs.of(data)
     make = _resident_batches if _is_small(data, inputs.layout, resident_bytes) else _streamed_batches
     made, columns_of = make(data, inputs.layout, batch_size, tf.constant(seed, tf.int64), first_epoch, share)
 
@@ -180,7 +179,7 @@ def first_batches(
       ConfigError: The split has fewer rows than a batch.
     """
     steps = _steps(data, batch_size)
-    inputs, key = _Inputs.of(data), tf.constant([seed, 0], tf.int64)
+    inputs, key = Inputs.of(data), tf.constant([seed, 0], tf.int64)
 
     def finish(step: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
         x, y = inputs.expand(columns)
@@ -193,7 +192,7 @@ def first_batches(
 
 def _first_rows(data: PreparedData, batch_size: int, seed: int) -> tf.data.Dataset:
     """(step, columns) of each batch of the first epoch."""
-    layout, key = _Inputs.of(data).layout, tf.constant([seed, 0], tf.int64)
+    layout, key = Inputs.of(data).layout, tf.constant([seed, 0], tf.int64)
     most = min(SUPER_ROWS, SHUFFLE_BYTES // layout.row_bytes, data.rows("train") // WAVES)
     signature = (tf.TensorSpec((), tf.string), tf.TensorSpec((), tf.int64))
     made = tf.data.Dataset.from_generator(lambda: records(data, seed), output_signature=signature)
@@ -217,7 +216,7 @@ def rows_of_batch(
 
     Walks through the epoch up to the batch, without computing inputs, once for each of the `workers`.
     """
-    layout = _Inputs.of(data).layout
+    layout = Inputs.of(data).layout
     make = _resident_batches if _is_small(data, layout, resident_bytes) else _streamed_batches
     parts = []
     for index in range(workers):
@@ -243,7 +242,7 @@ def batches(data: PreparedData, split: str, *, batch_size: int, share: Share = S
       ContractError: A file is absent or has another size. Damage is found later, as `tf.errors.DataLossError`.
     """
     _check_files(data, split)
-    inputs = _Inputs.of(data)
+    inputs = Inputs.of(data)
     files = tf.constant([str(path) for path in data.files(split)], tf.string)
     made = tf.data.TFRecordDataset(files).map(
         functools.partial(parse, inputs.layout), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
@@ -272,7 +271,7 @@ def read(data: PreparedData, split: str, limit: int | None = None) -> tuple[np.n
       ContractError: A file is absent or damaged.
     """
     _check_files(data, split)
-    inputs = _Inputs.of(data)
+    inputs = Inputs.of(data)
     rows = data.rows(split) if limit is None else min(limit, data.rows(split))
     with tf.device("CPU:0"):
         x, y = inputs.expand(_columns(data, split, inputs.layout, rows))
@@ -287,71 +286,7 @@ def _with_options(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
 
 
-# --- what is stored, and what the model gets ---------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Inputs:
-    """How stored columns become a model's input and labels; the TensorFlow side of `Transform.to_inputs`."""
-
-    layout: Layout
-    depths: tuple[int, ...]
-    input_shape: tuple[int, ...]
-    regression: bool
-    pixels: str
-
-    @classmethod
-    def of(cls, data: PreparedData) -> _Inputs:
-        layout = Layout.from_json(data.manifest["columns"])
-        depths = tuple(data.transform["inputs"].get("depths", ()))
-        shapes = {column.name: column.shape for column in layout.columns}
-        width = shapes.get("numbers", (0,))[0] + sum(depths)
-        found = shapes.get("image", (width,))
-        if found != data.spec.input_shape or len(depths) != shapes.get("ids", (0,))[0]:
-            raise ContractError(
-                f"{data.folder}: the stored columns {shapes} with one-hot widths {depths} must make inputs of shape {data.spec.input_shape}; run preprocess again with --force preprocess."
-            )
-        pixels = data.transform["inputs"].get("pixels", "")
-        return cls(layout, depths, found, data.spec.task == "regression", pixels)
-
-    def expand(self, columns: Columns) -> tuple[Tensor, Tensor]:
-        """Inputs and labels of some rows; bit-equal to the NumPy definition, because only one product is rounded."""
-        labels = columns["label"]
-        pictures = "image" in columns
-        x = in_range(tf.cast(columns["image"], tf.float32), self.pixels) if pictures else self._features(columns)
-        return x, labels[:, tf.newaxis] if self.regression else labels
-
-    def _features(self, columns: Columns) -> Tensor:
-        parts = [columns["numbers"]] if "numbers" in columns else []
-        parts += [tf.one_hot(columns["ids"][:, place], depth) for place, depth in enumerate(self.depths)]
-        return tf.concat(parts, axis=1)
-
-
-def parse(layout: Layout, record: Tensor) -> Columns:
-    """Slices one record into columns of shape (rows, ...), inside TensorFlow.
-
-    Args:
-      layout: Of all blocks of the data set.
-      record: string (), as `components.data.blocks.encode` made it.
-
-    Raises:
-      tf.errors.InvalidArgumentError: The record has another layout.
-    """
-    header = layout.header(0)
-    rows = tf.io.decode_raw(tf.strings.substr(record, 8, 4), tf.int32)[0]
-    # All of the header but the rows, which are bytes 8 to 11, is known beforehand.
-    known = tf.strings.substr(record, 0, 8) + tf.strings.substr(record, 12, len(header) - 12)
-    size = len(header) + rows * layout.row_bytes
-    fits = tf.logical_and(known == header[:8] + header[12:], tf.strings.length(record) == size)
-    told = "A block has another layout than the manifest tells; run preprocess again with --force preprocess."
-    with tf.control_dependencies([tf.debugging.Assert(fits, [told, rows, tf.strings.length(record)])]):
-        start = tf.constant(len(header))
-    columns = {}
-    for column in layout.columns:
-        values = tf.io.decode_raw(tf.strings.substr(record, start, rows * column.row_bytes), column.dtype)
-        columns[column.name] = tf.reshape(values, (-1, *column.shape))
-        start += rows * column.row_bytes
-    return columns
+# --- files -------------------------------------------------------------------------------------------------------
 
 
 def _check_files(data: PreparedData, split: str) -> None:

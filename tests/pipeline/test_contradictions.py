@@ -116,10 +116,18 @@ def test_a_split_training_that_is_only_written_in_other_formats_is_fine():
         ),
         ({"train": {"xla": True}}, r"train\.xla compiles for one device, got true with strategy\.name=split"),
         ({"train": {"privacy": {"noise": 1.0}}}, r"train\.privacy computes each example on one device"),
-        ({"compress": {"recipes": "auto"}}, r"compress\.recipes=auto trains models that are not split"),
+        ({"compress": {"recipes": "auto"}}, r"must not train beside strategy\.name=split, .* got auto"),
         ({"compress": {"recipes": ["int8", "qat"]}}, r"must not train beside strategy\.name=split, .* got 'qat'"),
     ],
 )
 def test_what_knows_one_device_only_is_refused_beside_split(changed, message):
     with pytest.raises(ConfigError, match=message):
         from_dict({**SPLIT, **changed})
+
+
+def test_what_trains_a_twin_is_refused_beside_a_tpu():
+    on_tpu = {**BASE, "train": {}, "strategy": {"name": "tpu"}}
+    assert from_dict(on_tpu).strategy.name == "tpu"
+    message = r"must not train beside strategy\.name=tpu, which takes the base training only, got 'prune\+int8'; .* trimline compress"
+    with pytest.raises(ConfigError, match=message):
+        from_dict({**on_tpu, "compress": {"recipes": ["prune+int8"]}})

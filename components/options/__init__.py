@@ -1,0 +1,92 @@
+"""Everything that a user may set, one frozen model per stage; a leaf that every stage and the configuration import.
+
+Unknown keys are refused, defaults are right for a small model on a laptop, and each description is what
+`trimline schema` shows in an editor. Paths are absolute here: `pipeline.config` resolved them.
+"""
+
+from components.options.base import AUTO, Count, Fraction, Options, Pixels, Positive
+from components.options.compression import (
+    ChannelsOptions,
+    ClusterOptions,
+    CompressOptions,
+    FineTune,
+    LowRankOptions,
+    PruneOptions,
+    QatOptions,
+)
+from components.options.data import (
+    ArraysSource,
+    Augmentation,
+    ColumnOptions,
+    CsvSource,
+    DigitsSource,
+    FeatureSelection,
+    IdxSource,
+    ImagesSource,
+    LineSource,
+    PreprocessOptions,
+    Source,
+    SplitOptions,
+    TextSource,
+)
+from components.options.delivery import BundleOptions, ExportOptions, MeasureOptions, RescueOptions, SelectOptions
+from components.options.training import (
+    CompressDistillation,
+    Distillation,
+    EarlyStopping,
+    ModelOptions,
+    OptimizerOptions,
+    PrivacyOptions,
+    StrategyOptions,
+    TrainDistillation,
+    TrainOptions,
+    TransferOptions,
+    TuneOptions,
+    TuneRange,
+)
+
+__all__ = [
+    "AUTO",
+    "ArraysSource",
+    "Augmentation",
+    "BundleOptions",
+    "ChannelsOptions",
+    "ClusterOptions",
+    "ColumnOptions",
+    "CompressDistillation",
+    "CompressOptions",
+    "Count",
+    "CsvSource",
+    "DigitsSource",
+    "Distillation",
+    "EarlyStopping",
+    "ExportOptions",
+    "FeatureSelection",
+    "FineTune",
+    "Fraction",
+    "IdxSource",
+    "ImagesSource",
+    "LineSource",
+    "LowRankOptions",
+    "MeasureOptions",
+    "ModelOptions",
+    "OptimizerOptions",
+    "Options",
+    "Pixels",
+    "Positive",
+    "PreprocessOptions",
+    "PrivacyOptions",
+    "PruneOptions",
+    "QatOptions",
+    "RescueOptions",
+    "SelectOptions",
+    "Source",
+    "SplitOptions",
+    "StrategyOptions",
+    "TextSource",
+    "TrainDistillation",
+    "TrainOptions",
+    "TransferOptions",
+    "TuneOptions",
+    "TuneRange",
+]
