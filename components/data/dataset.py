@@ -27,7 +27,7 @@ from components.artifacts import SPLITS, Batches, PreparedData, Share
 from components.data.augment import augment, check_augmentation
 from components.data.blocks import Layout, read_blocks
 from components.data.inputs import Columns, Inputs, parse
-from components.data.opened import WAVES, OpenedData, records
+from components.data.opened import OpenedData, records
 from components.data.shards import Shards
 from components.data.transform import RANGES
 from components.errors import ConfigError, ContractError
@@ -41,6 +41,7 @@ SHUFFLE_BYTES = 128 << 20
 SUPER_ROWS = 16_384
 _FILES_AT_ONCE = 16
 _BLOCKS_AT_ONCE = 256
+_SUPER_BATCHES = 16  # at least, in a first epoch that waits for its rows
 
 
 def make_batches(
@@ -193,7 +194,7 @@ def first_batches(
 def _first_rows(data: PreparedData, batch_size: int, seed: int) -> tf.data.Dataset:
     """(step, columns) of each batch of the first epoch."""
     layout, key = Inputs.of(data).layout, tf.constant([seed, 0], tf.int64)
-    most = min(SUPER_ROWS, SHUFFLE_BYTES // layout.row_bytes, data.rows("train") // WAVES)
+    most = min(SUPER_ROWS, SHUFFLE_BYTES // layout.row_bytes, data.rows("train") // _SUPER_BATCHES)
     signature = (tf.TensorSpec((), tf.string), tf.TensorSpec((), tf.int64))
     made = tf.data.Dataset.from_generator(lambda: records(data, seed), output_signature=signature)
     made = made.map(functools.partial(_numbered, layout), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)

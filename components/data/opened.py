@@ -23,8 +23,8 @@ from components.errors import ContractError
 
 OPENING = "opening.json"
 """Manifest and transform as they will be, but for the bytes of the files; gone when the manifest is there."""
-WAVES = 16
-"""Parts in which files are written; a training that has read one waits for the next."""
+WAVES = 4
+"""Pipelines, one after the other, that write the files; of several workers each takes some of a wave."""
 _PAUSE = 0.05  # seconds between two looks for a file
 
 T = TypeVar("T")

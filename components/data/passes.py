@@ -149,7 +149,7 @@ def run(
     Args:
       name: Of the pass; names its files.
       merge: Associative and commutative.
-      descriptors: At least one.
+      descriptors: At least one; a runner of one process takes them in this order.
       progress: Told the number of records that are done, now and then, from another thread.
 
     Raises:
@@ -163,7 +163,9 @@ def run(
         with _plain_labels(), beam.Pipeline(runner=runner, options=options) as pipeline:
             _ = (
                 pipeline
-                | "descriptors" >> beam.Create([pickle.dumps(each) for each in descriptors])
+                # One worker takes them in their order; for several Beam deals them out.
+                | "descriptors"
+                >> beam.Create([pickle.dumps(each) for each in descriptors], reshuffle=_many(job.options))
                 | name >> beam.Map(functools.partial(_worked, name, work, job))
                 | "merge" >> beam.CombineGlobally(functools.partial(_merged, merge)).without_defaults()
                 | "leave" >> beam.Map(functools.partial(_left, result))
@@ -228,6 +230,11 @@ def _watched(
     progress(sum(records.values()))
 
 
+def _many(options: PreprocessOptions) -> bool:
+    """Whether several processes work."""
+    return options.runner == "multi_processing"
+
+
 def _beam(options: PreprocessOptions) -> tuple[Any, Any, Any]:
     """(the apache_beam module, the in-process runner, its options).
 
@@ -241,8 +248,8 @@ def _beam(options: PreprocessOptions) -> tuple[Any, Any, Any]:
         from apache_beam.runners.portability.fn_api_runner import FnApiRunner
     finally:
         logging.disable(disabled)
-    many = options.runner == "multi_processing"
-    flags = ["--direct_running_mode=multi_processing", f"--direct_num_workers={options.workers}"] if many else []
+    flags = ["--direct_running_mode=multi_processing", f"--direct_num_workers={options.workers}"]
+    flags = flags if _many(options) else []
     return apache_beam, FnApiRunner(), PipelineOptions(flags)
 
 
