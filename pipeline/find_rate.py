@@ -32,7 +32,7 @@ def find_rate(config: Config, screen: Screen) -> tuple[Found, pathlib.Path]:
     from components.data.dataset import make_batches
     from components.training.find_rate import draw, find_rate
     from components.training.model import build
-    from pipeline.strategy import make_strategy
+    from pipeline.strategy import make_split, make_strategy
 
     folder, walk = run_folder(config), Walk(folder=run_folder(config), screen=screen)
     walk.go(make_plan(config, until="preprocess"))
@@ -49,6 +49,7 @@ def find_rate(config: Config, screen: Screen) -> tuple[Found, pathlib.Path]:
             strategy=make_strategy(config.strategy),
             seed=config.seed,
             trace=trace,
+            split=make_split(config.strategy),
         )
     write_json(
         folder / "find_rate.json",

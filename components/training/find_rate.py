@@ -7,6 +7,7 @@ The range test of Smith 2017, arXiv 1506.01186. Nothing that a run uses is chang
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -25,6 +26,7 @@ from components.training.loop import Loop, Totals, make_loss
 from components.training.model import outputs_of
 from components.training.optimizer import make_optimizer
 from components.training.replicas import check_batch
+from components.training.split import Split, beside_their_weights, placed, sizes
 
 LOWEST, HIGHEST = 1e-6, 10.0
 UPDATES = 200
@@ -83,6 +85,7 @@ def find_rate(
     seed: int,
     trace: Trace,
     updates: int = UPDATES,
+    split: Split | None = None,
 ) -> Found:
     """Trains a fresh model for up to `updates` updates while the rate rises from LOWEST to HIGHEST; ends when the loss explodes.
 
@@ -95,25 +98,32 @@ def find_rate(
       seed: Fixes the order of the examples.
       trace: Hears progress; scalars by update.
       updates: Two at least.
+      split: Places the layers on several devices.
 
     Raises:
       ConfigError: The batch does not divide by the replicas.
       ModelError: The loss is not finite from the first update on.
     """
     check_batch(options.batch_size, strategy.num_replicas_in_sync, "mirrored", accumulate=options.accumulate)
-    with strategy.scope():
+    with strategy.scope(), tf.device("CPU:0") if split is not None else contextlib.nullcontext():
         model = build_model()
-        flat = options.optimizer.model_copy(update={"schedule": "constant", "warmup_epochs": 0.0})
-        optimizer = make_optimizer(flat, updates, 1, rate=_Ramp(updates))
-        optimizer.build(model.trainable_variables)
     task = batches.spec.task
     loss = make_loss(task, outputs_of(model, model_options), options.label_smoothing)
     rates: list[float] = []
     losses: list[float] = []
     smoothed: list[float] = []
     average = 0.0
-    with fused_normalization(model):
-        loop = Loop(model, optimizer, loss, task, strategy, accumulate=options.accumulate)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(fused_normalization(model))
+        if split is not None:
+            stack.enter_context(placed(model, split, **sizes(options)))
+        with strategy.scope():
+            flat = options.optimizer.model_copy(update={"schedule": "constant", "warmup_epochs": 0.0})
+            optimizer = make_optimizer(flat, updates, 1, rate=_Ramp(updates))
+            if split is not None:
+                beside_their_weights(optimizer)
+            optimizer.build(model.trainable_variables)
+        loop = Loop(model, optimizer, loss, task, strategy, accumulate=options.accumulate, split=split)
         iterator = loop.iterator(batches.training(options.batch_size, seed, 0))
         for number in range(updates):
             rate = float(optimizer.learning_rate)

@@ -24,6 +24,7 @@ import numpy as np
 import tensorflow as tf
 
 from components.errors import ConfigError
+from components.options import TrainOptions
 
 Tensor = Any  # tf.Tensor; TensorFlow ships no usable types
 
@@ -105,6 +106,12 @@ def placed(model: keras.Model, split: Split, *, batch_size: int, slots: int) -> 
         for variable, before in moved:
             before.assign(variable._value.numpy())
             variable._value = before
+
+
+def sizes(options: TrainOptions) -> dict[str, int]:
+    """What `placed` must know of a training."""
+    slots = {"sgd": 1, "adam": 2, "adamw": 2}[options.optimizer.name]
+    return {"batch_size": options.batch_size // options.accumulate, "slots": slots}
 
 
 def beside_their_weights(optimizer: keras.optimizers.Optimizer) -> None:

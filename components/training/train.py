@@ -33,12 +33,10 @@ from components.training.precision import CHOICE, Choice, choose, computed_in
 from components.training.privacy import KEY, promise
 from components.training.rematerialize import rematerialized
 from components.training.replicas import check_batch, rescaled
-from components.training.split import Split, placed
+from components.training.split import Split, placed, sizes
 from components.training.trainable import check_trainable
 from components.training.transfer import merged, transferred
 from components.workers import check_share, several
-
-_SLOTS = {"sgd": 1, "adam": 2, "adamw": 2}  # numbers that an optimizer keeps for each weight
 
 
 def train(
@@ -100,8 +98,7 @@ def train(
                 f"rematerialized: {len(again)} layers, {', '.join(again[:5])}{', ...' if len(again) > 5 else ''}"
             )
         if split is not None:
-            size, slots = options.batch_size // options.accumulate, _SLOTS[options.optimizer.name]
-            parts = stack.enter_context(placed(model, split, batch_size=size, slots=slots))
+            parts = stack.enter_context(placed(model, split, **sizes(options)))
             trace.tell(f"split: {'; '.join(map(str, parts))}")
         variables = model.trainable_variables if stages is None else stages.variables
         make = Maker(

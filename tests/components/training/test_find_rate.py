@@ -11,6 +11,7 @@ from components.errors import ModelError
 from components.options import ModelOptions, TrainOptions
 from components.tracing import Trace
 from components.training.find_rate import HIGHEST, LOWEST, Found, draw, find_rate
+from components.training.split import Split
 
 LINEAR = ModelOptions(name="linear")
 
@@ -28,10 +29,10 @@ def build():
     return keras.Model(inputs, keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")(inputs), name="line")
 
 
-def run(batches, trace=None, **options):
+def run(batches, trace=None, split=None, **options):
     options = TrainOptions(batch_size=16, optimizer={"name": "sgd", **options})
     strategy = tf.distribute.get_strategy()
-    return find_rate(options, build, LINEAR, batches, strategy=strategy, seed=0, trace=trace or Trace())
+    return find_rate(options, build, LINEAR, batches, strategy=strategy, seed=0, trace=trace or Trace(), split=split)
 
 
 @pytest.mark.parametrize("curvature", [3.0, 30.0])
@@ -45,6 +46,12 @@ def test_the_suggestion_is_below_the_rate_at_which_theory_says_that_the_loss_exp
     ratios = np.diff(np.log(found.rates))
     np.testing.assert_allclose(ratios, ratios[0], rtol=1e-3)
     assert found.losses[0] == pytest.approx(curvature * 1.09, rel=0.5)
+
+
+def test_a_split_model_is_tested_where_its_layers_are(make_batches, two_devices):
+    whole = run(line(make_batches, 3.0))
+    ours = run(line(make_batches, 3.0), split=Split(tuple(two_devices), {"dense.*": 1}))
+    assert ours.losses == pytest.approx(whole.losses, rel=1e-4)
 
 
 def test_the_average_is_corrected_for_its_start():
