@@ -20,16 +20,9 @@ from components.recipe import Step as TrainingStep
 from pipeline.config import Config
 from pipeline.fingerprint import ContentIndex, fingerprint
 from pipeline.stage import Stage
-from pipeline.stages import (
-    JOURNEY,
-    STAGES,
-    TEACHER,
-    parse_step,
-    prefix_name,
-    teacher_config,
-    teacher_files,
-)
+from pipeline.stages import JOURNEY, STAGES, parse_step, prefix_name
 from pipeline.store import Key, Store
+from pipeline.teachers import TEACHER, teacher_config, teacher_files
 
 
 @dataclasses.dataclass(frozen=True)

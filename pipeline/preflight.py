@@ -14,8 +14,9 @@ from pipeline.config import Config
 from pipeline.fingerprint import fingerprint
 from pipeline.plan import Plan, Step, recipes
 from pipeline.stage import Stage
-from pipeline.stages import parse_step, teacher_config, teacher_files
+from pipeline.stages import parse_step
 from pipeline.store import Key
+from pipeline.teachers import teacher_config, teacher_files
 
 if TYPE_CHECKING:
     from components.data.schema import Peek, Schema

@@ -11,17 +11,17 @@ from __future__ import annotations
 import functools
 import pathlib
 import tempfile
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from components.artifacts import CompressedModel, Measured, TFLiteFile, TrainedModel, read_json
 from components.delivery.select import REFERENCE
 from components.machine import processor
-from components.options import CompressDistillation, ExportOptions, TrainDistillation
+from components.options import ExportOptions
 from components.recipe import RESCUE, Recipe, parse_recipe
 from components.tracing import Trace
 from pipeline import results
 from pipeline.stage import Call, Stage
+from pipeline.teachers import distill_facts, teachers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,46 +46,6 @@ def _preprocess(call: Call) -> None:
     )
 
 
-def _teachers(call: Call, section: str) -> Callable[[], tuple[Any, ...]]:
-    """Loads whoever teaches in `train` or `compress`; asked only where the section says distill."""
-    from components.training.teacher import load_teachers
-
-    distill, like = getattr(call.config, section).distill, call.config.model
-    files = teacher_files(distill)
-    outputs = None
-    if distill is not None and not files:
-        trained = TrainedModel(call.takes["train" if section == "compress" else TEACHER])
-        files, outputs = [trained.file], trained.facts["outputs"]
-        like = like if section == "compress" else distill.teacher_model
-    where = f"{section}.distill.teacher"
-    return functools.partial(load_teachers, files, call.data.spec, like, where=where, outputs=outputs)
-
-
-def teacher_files(distill: TrainDistillation | CompressDistillation | None) -> list[pathlib.Path]:
-    """The files that teach; none where it is a model of the run, or nobody."""
-    named = distill.teacher if distill else None
-    return [] if named is None or named == "base" else [pathlib.Path(name) for name in named]
-
-
-def teacher_config(config: Config) -> Config | None:
-    """The configuration under which the teacher of the base training is trained: there, it is the model.
-
-    So it is the very step of a run of that model alone, and is found in the store where there was one.
-    """
-    distill = config.train.distill
-    if distill is None or distill.teacher_model is None:
-        return None
-    train = config.train.model_copy(update={"distill": None})
-    return config.model_copy(update={"model": distill.teacher_model, "train": train})
-
-
-def _distill_facts(distill: TrainDistillation | CompressDistillation | None) -> dict[str, Any] | None:
-    """For a fingerprint: files count by their content, which the plan adds, not by their paths."""
-    if distill is None:
-        return None
-    return {**distill.model_dump(), "teacher": len(teacher_files(distill)) or "own"}
-
-
 def _know_layers(call: Call) -> None:
     """Imports the user's builder: it registers the layers that saved models hold, and may add to TWINS."""
     from components.training.model import import_builder
@@ -108,7 +68,7 @@ def _train(call: Call) -> None:
         strategy=call.strategy,
         seed=config.seed,
         trace=call.trace,
-        teachers=_teachers(call, "train"),
+        teachers=teachers(call, "train"),
         rescale=config.strategy.rescale,
         split=make_split(config.strategy),
     )
@@ -134,7 +94,7 @@ def _compress(call: Call) -> None:
         batch_size=config.compress.batch_size or config.train.batch_size,
         seed=config.seed,
         trace=call.trace,
-        teachers=_teachers(call, "compress"),
+        teachers=teachers(call, "compress"),
     )
 
 
@@ -337,10 +297,6 @@ def _recipe(call: Call) -> Recipe:
     return call.recipe
 
 
-TEACHER = "train teacher"
-"""Name of the step that trains `train.distill.teacher_model`."""
-
-
 def prefix_name(steps: tuple[Any, ...]) -> str:
     """Step name of the artifact that these training steps lead to."""
     return "compress " + "+".join(map(str, steps)) if steps else "train"
@@ -371,7 +327,7 @@ JOURNEY = (
             "model": config.model.model_dump(),
             "train": {
                 **config.train.model_dump(exclude={"checkpoint_every", "profile"}),  # they change no bit
-                "distill": _distill_facts(config.train.distill),
+                "distill": distill_facts(config.train.distill),
             },
             "strategy": config.strategy.model_dump(),
             "seed": config.seed,
@@ -394,7 +350,7 @@ JOURNEY = (
             "step": getattr(config.compress, recipe.steps[-1].name).model_dump() if recipe else {},
             "batch_size": config.compress.batch_size or config.train.batch_size,
             "augmentation": config.train.augmentation.model_dump(),
-            "distill": _distill_facts(config.compress.distill),
+            "distill": distill_facts(config.compress.distill),
             "strategy": config.strategy.model_dump(),
             "seed": config.seed,
         },

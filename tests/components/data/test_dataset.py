@@ -1,7 +1,4 @@
-import collections
-import contextlib
 import dataclasses
-import itertools
 import os
 import pathlib
 from collections.abc import Callable
@@ -11,13 +8,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from components.artifacts import DataSpec, PreparedData, Share, write_json
+from components.artifacts import PreparedData, Share, write_json
 from components.data import dataset
-from components.data.blocks import Layout, encode, write_blocks
 from components.data.dataset import (
     batches,
     make_batches,
-    parse,
     read,
     rows_of_batch,
     steps_per_epoch,
@@ -26,106 +21,21 @@ from components.data.dataset import (
 from components.data.transform import RANGES, Transform
 from components.errors import ConfigError, ContractError
 from components.options import Augmentation
-
-STREAMED = 0  # resident_bytes that force the way of large data
-Pairs = list[tuple[np.ndarray, np.ndarray]]
-
-
-def prepared(
-    folder: pathlib.Path,
-    spec: DataSpec,
-    transform: dict[str, Any],
-    splits: dict[str, list[list[dict[str, np.ndarray]]]],
-) -> PreparedData:
-    """Writes {split: files, each a list of blocks} as preprocess leaves them."""
-    folder.mkdir(parents=True)
-    first = next(block for files in splits.values() for file in files for block in file)
-    manifest: dict[str, Any] = {"schema": 1, "spec": spec.to_json(), "block_rows": 8, "splits": {}}
-    manifest["columns"] = Layout.of({k: (v.dtype.name, v.shape[1:]) for k, v in first.items()}).to_json()
-    for split in ("train", "validation", "calibration", "test"):
-        files = [
-            write_blocks(folder / f"{split}-{number:05}.tfrecord", map(encode, file))
-            for number, file in enumerate(splits.get(split, []))
-        ]
-        rows, blocks = (sum(file[key] for file in files) for key in ("rows", "blocks"))
-        manifest["splits"][split] = {"rows": rows, "blocks": blocks, "files": files}
-    write_json(folder / "transform.json", transform)
-    write_json(folder / "manifest.json", manifest)
-    return PreparedData(folder)
-
-
-def cut(columns: dict[str, np.ndarray], files: int, block: int = 8) -> list[list[dict[str, np.ndarray]]]:
-    """Columns as `files` files of blocks of at most `block` rows."""
-    rows = len(columns["label"])
-    blocks = [{k: v[start : start + block] for k, v in columns.items()} for start in range(0, rows, block)]
-    return [list(part) for part in np.array_split(np.array(blocks, object), files)]
-
-
-TABLE = DataSpec(task="regression", input_name="features", input_shape=(7,))
-TABLE_TRANSFORM: dict[str, Any] = {
-    "schema": 1,
-    "kind": "table",
-    "inputs": {"kind": "features", "depths": [3, 2]},
-    "label": {"kind": "number"},
-}
-PICTURES = DataSpec(task="classification", input_name="image", input_shape=(4, 6, 1), labels=("a", "b", "c"))
-PICTURE_TRANSFORM: dict[str, Any] = {
-    "schema": 1,
-    "kind": "image",
-    "inputs": {"kind": "image", "pixels": "zero_to_one"},
-    "label": {"kind": "classes", "names": ["a", "b", "c"], "strip": ""},
-}
-
-
-def table_columns(rows: int) -> dict[str, np.ndarray]:
-    """Row r has the label r, and so can be told from every other."""
-    random = np.random.default_rng(rows)
-    return {
-        "numbers": random.normal(size=(rows, 2)).astype("float32"),
-        "ids": np.stack([np.arange(rows) % 3, np.arange(rows) % 2], axis=1).astype("int32"),
-        "label": np.arange(rows, dtype="float32"),
-    }
-
-
-def picture_columns(rows: int) -> dict[str, np.ndarray]:
-    """The first two pixels of row r hold r; pixels take all 256 values."""
-    image = np.random.default_rng(rows).integers(0, 256, (rows, 4, 6, 1), dtype=np.uint8)
-    image[:, 0, 0, 0], image[:, 0, 1, 0] = np.arange(rows) // 256, np.arange(rows) % 256
-    return {"image": image, "label": np.arange(rows, dtype="int32") % 3}
-
-
-@pytest.fixture
-def table(tmp_path: pathlib.Path) -> PreparedData:
-    return prepared(
-        tmp_path / "table",
-        TABLE,
-        TABLE_TRANSFORM,
-        {"train": cut(table_columns(100), 3), "validation": cut(table_columns(21), 2)},
-    )
-
-
-@pytest.fixture
-def pictures(tmp_path: pathlib.Path) -> PreparedData:
-    splits = {"train": cut(picture_columns(600), 3), "test": cut(picture_columns(19), 1), "calibration": [[]]}
-    return prepared(tmp_path / "pictures", PICTURES, PICTURE_TRANSFORM, splits)
-
-
-def take(made: tf.data.Dataset, count: int) -> Pairs:
-    return list(itertools.islice(made.as_numpy_iterator(), count))
-
-
-def assert_same(found: Pairs, expected: Pairs) -> None:
-    assert len(found) == len(expected)
-    for (x, y), (other_x, other_y) in zip(found, expected, strict=True):
-        assert x.tobytes() == other_x.tobytes()
-        assert y.tobytes() == other_y.tobytes()
-
-
-def labels(pairs: Pairs) -> list[float]:
-    return np.concatenate([y.reshape(-1) for _, y in pairs]).tolist()
-
-
-# --- one pass, and arrays ----------------------------------------------------------------------------------------
+from tests.components.data.stored import (
+    PICTURE_TRANSFORM,
+    PICTURES,
+    STREAMED,
+    TABLE,
+    TABLE_TRANSFORM,
+    Pairs,
+    assert_same,
+    cut,
+    labels,
+    picture_columns,
+    prepared,
+    table_columns,
+    take,
+)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 8, 16, 600, 1000])
@@ -431,144 +341,3 @@ def test_a_file_with_fewer_rows_than_promised_is_refused(table: PreparedData) ->
     write_json(table.folder / "manifest.json", manifest)
     with pytest.raises(ContractError, match="promises 150 train rows, got 100; run preprocess again"):
         read(PreparedData(table.folder), "train")
-
-
-# --- the TensorFlow reader of blocks -----------------------------------------------------------------------------
-
-
-def both_ways(layout: Layout, record: bytes) -> list[dict[str, np.ndarray]]:
-    """`parse` called eagerly, and inside tf.data."""
-    eager = {name: value.numpy() for name, value in parse(layout, tf.constant(record)).items()}
-    mapped = tf.data.Dataset.from_tensors(record).map(lambda each: parse(layout, each))
-    return [eager, next(mapped.as_numpy_iterator())]
-
-
-@pytest.mark.parametrize("rows", [1, 3, 4096])
-@pytest.mark.parametrize("columns", [table_columns, picture_columns])
-def test_tensorflow_parses_what_numpy_packed(columns: Callable[[int], dict[str, np.ndarray]], rows: int) -> None:
-    given = columns(rows)
-    layout = Layout.of({k: (v.dtype.name, v.shape[1:]) for k, v in given.items()})
-    for found in both_ways(layout, encode(given)):
-        assert found.keys() == given.keys()
-        for name, value in given.items():
-            assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape)
-            assert found[name].tobytes() == value.tobytes()
-
-
-def test_parsed_columns_have_static_shapes_but_for_the_rows() -> None:
-    given = picture_columns(3)
-    layout = Layout.of({k: (v.dtype.name, v.shape[1:]) for k, v in given.items()})
-    made = tf.data.Dataset.from_tensors(encode(given)).map(lambda each: parse(layout, each))
-    assert made.element_spec["image"].shape.as_list() == [None, 4, 6, 1]
-
-
-@pytest.mark.parametrize("change", [lambda r: r[:-1], lambda r: b"X" + r[1:], lambda r: r[:17] + b"\2" + r[18:]])
-def test_a_record_of_another_layout_stops_the_pipeline(change: Callable[[bytes], bytes]) -> None:
-    given = picture_columns(3)
-    layout = Layout.of({k: (v.dtype.name, v.shape[1:]) for k, v in given.items()})
-    with pytest.raises(tf.errors.InvalidArgumentError, match="another layout than the manifest tells"):
-        both_ways(layout, change(encode(given)))
-
-
-# --- under a strategy --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("split_batch", [16, 17])
-def test_two_replicas_share_each_batch_out_and_lose_no_row(
-    table: PreparedData, two_devices: list[str], split_batch: int
-) -> None:
-    strategy = tf.distribute.MirroredStrategy(two_devices)
-    made = make_batches(table, augmentation=Augmentation())
-    shared = iter(strategy.experimental_distribute_dataset(made.training(16, 0, 0)))
-    alone = take(made.training(16, 0, 0), 6)
-    for _, y in alone:
-        parts = strategy.experimental_local_results(next(shared)[1])
-        assert [len(part) for part in parts] == [8, 8]
-        assert np.concatenate([part.numpy() for part in parts]).tolist() == y.tolist()
-    ordered = strategy.experimental_distribute_dataset(made.ordered("train", split_batch))
-    seen = collections.Counter(
-        float(value)
-        for _, y in ordered
-        for part in strategy.experimental_local_results(y)
-        for value in part.numpy().reshape(-1)
-    )
-    assert seen == dict.fromkeys(map(float, range(100)), 1)
-
-
-# --- several processes -------------------------------------------------------------------------------------------
-
-
-def shares(count: int) -> list[Share]:
-    return [Share(index, count) for index in range(count)]
-
-
-def test_in_memory_the_shares_of_three_processes_are_the_batches_of_one(pictures: PreparedData) -> None:
-    whole = take(training_batches(pictures, batch_size=24, seed=5), 30)
-    parts = [take(training_batches(pictures, batch_size=24, seed=5, share=share), 30) for share in shares(3)]
-    joined = [tuple(np.concatenate(part) for part in zip(*step, strict=True)) for step in zip(*parts, strict=True)]
-    assert {len(y) for part in parts for _, y in part} == {8}
-    assert_same(joined, whole)
-
-
-def test_streaming_no_row_goes_to_two_processes_and_each_meets_other_rows_in_the_next_epoch(
-    table: PreparedData,
-) -> None:
-    made = [training_batches(table, batch_size=32, seed=5, resident_bytes=STREAMED, share=share) for share in shares(2)]
-    epochs = [[labels(take(each.skip(3 * epoch), 3)) for each in made] for epoch in (0, 1, 2)]
-    for parts in epochs:
-        assert [len(part) for part in parts] == [48, 48]
-        assert len({*parts[0], *parts[1]}) == 96
-    assert len({tuple(sorted(parts[0])) for parts in epochs}) > 1
-    later = training_batches(table, batch_size=32, seed=5, first_epoch=2, resident_bytes=STREAMED, share=Share(1, 2))
-    assert labels(take(later, 3)) == epochs[2][1]
-
-
-def test_streaming_a_process_reads_no_block_of_another(table: PreparedData) -> None:
-    """With a file damaged, only those fail whose run of rows goes through it."""
-    path = table.files("train")[1]  # rows 40 to 71
-    broken = bytearray(path.read_bytes())
-    broken[-20:] = bytes(20)
-    path.write_bytes(broken)
-    fine = 0
-    for seed in range(6):
-        for share in shares(5):
-            made = training_batches(table, batch_size=20, seed=seed, resident_bytes=STREAMED, share=share)
-            with contextlib.suppress(tf.errors.DataLossError):
-                fine += len(take(made, 5)) == 5
-    assert 6 <= fine < 30
-
-
-def test_each_process_draws_its_own_changes(pictures: PreparedData) -> None:
-    noise = Augmentation(noise=0.1)
-    found = []
-    for share in shares(3):
-        (x, _), (clean, _) = (
-            take(training_batches(pictures, batch_size=24, seed=5, augmentation=how, share=share), 1)[0]
-            for how in (noise, Augmentation())
-        )
-        found.append(x - clean)
-    assert all(np.abs(part).max() > 0.05 for part in found)
-    for a, b in itertools.combinations(found, 2):
-        assert np.abs(a - b).mean() > 0.02
-
-
-def test_in_a_pass_every_process_gets_as_many_batches_and_every_row_goes_to_one(table: PreparedData) -> None:
-    parts = [list(batches(table, "validation", batch_size=10, share=share).as_numpy_iterator()) for share in shares(4)]
-    assert [[len(y) for _, y in part] for part in parts] == [[2, 2, 0], [3, 3, 0], [2, 2, 0], [3, 3, 1]]
-    assert [labels([part[step] for part in parts]) for step in range(3)] == [
-        list(map(float, range(first, last))) for first, last in ((0, 10), (10, 20), (20, 21))
-    ]
-
-
-def test_a_batch_that_does_not_divide_by_the_processes_names_one_that_does(table: PreparedData) -> None:
-    message = r"train\.batch_size=20 must divide by the 3 workers \(remainder 2\): use 21\."
-    with pytest.raises(ConfigError, match=message):
-        training_batches(table, batch_size=20, seed=0, share=Share(0, 3))
-
-
-def test_a_file_whose_blocks_are_not_full_cannot_be_shared_out(table: PreparedData) -> None:
-    table.manifest["splits"]["train"]["files"][0]["blocks"] += 1
-    with pytest.raises(
-        ContractError, match=r"40 rows must lie in 5 blocks of 8 to be shared out, got 6; run preprocess"
-    ):
-        training_batches(table, batch_size=20, seed=0, resident_bytes=STREAMED, share=Share(0, 2))

@@ -1,4 +1,4 @@
-"""What the table hands to the stages beside their artifacts."""
+"""Who teaches, and in what the stages get them."""
 
 import keras
 import numpy as np
@@ -7,7 +7,7 @@ from components.artifacts import write_json
 from components.tracing import Trace
 from pipeline.config import from_dict
 from pipeline.stage import Call
-from pipeline.stages import _teachers
+from pipeline.teachers import teachers
 
 SPEC = {"task": "classification", "input_name": "features", "input_shape": [4], "labels": ["a", "b"]}
 
@@ -33,11 +33,11 @@ def call(tmp_path, section: str = "compress", **distill) -> Call:
 def test_the_base_teaches_with_the_outputs_that_it_was_trained_with_and_files_with_their_own(tmp_path):
     base, other = saved(tmp_path / "train", 1), saved(tmp_path / "other", 2)
     x = np.ones((3, 4), np.float32)
-    (teacher,) = _teachers(call(tmp_path), "compress")()
+    (teacher,) = teachers(call(tmp_path), "compress")()
     assert teacher.outputs == "probabilities"
     np.testing.assert_array_equal(teacher.answer(x), base(x))
     files = [str(tmp_path / name / "model.keras") for name in ("other", "train")]
-    first, second = _teachers(call(tmp_path, teacher=files), "compress")()
+    first, second = teachers(call(tmp_path, teacher=files), "compress")()
     assert (first.outputs, second.outputs) == ("logits", "logits")
     np.testing.assert_array_equal(first.answer(x), other(x))
     np.testing.assert_array_equal(second.answer(x), base(x))
@@ -45,7 +45,7 @@ def test_the_base_teaches_with_the_outputs_that_it_was_trained_with_and_files_wi
 
 def test_the_model_that_was_trained_to_teach_teaches_the_base_training(tmp_path):
     large = saved(tmp_path / "train", 1)
-    (teacher,) = _teachers(call(tmp_path, "train", teacher_model={"name": "cnn"}), "train")()
+    (teacher,) = teachers(call(tmp_path, "train", teacher_model={"name": "cnn"}), "train")()
     assert teacher.outputs == "probabilities"
     x = np.ones((3, 4), np.float32)
     np.testing.assert_array_equal(teacher.answer(x), large(x))
