@@ -47,15 +47,19 @@ class Ahead:
         opening = self.data.partial / OPENING
         opening.unlink(missing_ok=True)  # of an attempt before
         self._thread.start()
-        while True:
-            over = self.ended()
-            # Read now, once: the file is gone when the artifact is there.
-            with contextlib.suppress(ContractError):
-                if opening.exists() and self.data.manifest:
-                    return True
-            if over:
-                return False
-            time.sleep(_PAUSE)
+        try:
+            while True:
+                over = self.ended()
+                # Read now, once: the file is gone when the artifact is there.
+                with contextlib.suppress(ContractError):
+                    if opening.exists() and self.data.manifest:
+                        return True
+                if over:
+                    return False
+                time.sleep(_PAUSE)
+        except KeyboardInterrupt:
+            self.cancel()
+            raise
 
     def ended(self) -> bool:
         """Whether the artifact is there; raises what the preprocessing raised."""

@@ -81,12 +81,12 @@ def test_streaming_a_process_reads_no_block_of_another(table: PreparedData) -> N
     broken[-20:] = bytes(20)
     path.write_bytes(broken)
     fine = 0
-    for seed in range(6):
+    for seed in range(2):
         for share in shares(5):
             made = training_batches(table, batch_size=20, seed=seed, resident_bytes=STREAMED, share=share)
             with contextlib.suppress(tf.errors.DataLossError):
                 fine += len(take(made, 5)) == 5
-    assert 6 <= fine < 30
+    assert 2 <= fine < 10
 
 
 def test_each_process_draws_its_own_changes(pictures: PreparedData) -> None:
