@@ -15,6 +15,7 @@ from pipeline.rules import Origin, Spot
 
 # Of a training section these still say something about a model that is trained: how fine-tuning feeds it.
 _KEPT = ("batch_size", "augmentation")
+_TRAINING_ONLY = ("split", "tpu")  # strategies of the base training
 
 
 def adopt(data: dict[str, Any], origin: Origin, model: str | os.PathLike[str]) -> None:
@@ -35,6 +36,9 @@ def adopt(data: dict[str, Any], origin: Origin, model: str | os.PathLike[str]) -
         "model": {"file": str(file), "outputs": outputs},
         "train": {**kept, "epochs": 0},
     }
+    strategy = data.get("strategy")
+    if isinstance(strategy, dict) and strategy.get("name") in _TRAINING_ONLY:
+        new["strategy"] = {}
     data.update(new)
     for key in ("name", "model"):
         for stale in [path for path in origin.spots if path[:1] == (key,)]:

@@ -208,7 +208,8 @@ def _strategy_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
         yield (
             ("compress", "recipes"),
             "compress.recipes=auto must run in one process, since its clock would end a step in one worker and not in the "
-            "others, got strategy.name=multi_worker; train with --until train, then search with trimline compress.",
+            "others, got strategy.name=multi_worker; list recipes, train with --until train, then search in one process: trimline compress "
+            "MODEL.keras --data CONFIG --set 'strategy={}' --budget 30m.",
         )
 
 
@@ -218,7 +219,7 @@ def _base_training_only(config: Config) -> Iterator[tuple[KeyPath, str]]:
     if name not in ("split", "tpu"):
         return
     told = f"must not train beside strategy.name={name}, which takes the base training only, got"
-    instead = "keep to float32, float16, int8 and other formats, and compress the trained model without it: trimline compress MODEL.keras --data CONFIG."
+    instead = "list float32, float16, int8 and other formats, and compress the trained model afterwards: trimline compress MODEL.keras --data CONFIG."
     if config.compress.recipes == AUTO:
         yield ("compress", "recipes"), f"compress.recipes {told} auto; {instead}"
         return

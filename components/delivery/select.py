@@ -107,12 +107,18 @@ def remarks(variants: Sequence[Mapping[str, Any]]) -> list[str]:
 def _slower_integers(working: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if REFERENCE not in working:
         return []
-    base = working[REFERENCE]["latency_ms"]["p50"]
+    base = working[REFERENCE]["latency_ms"]
+    slower = {
+        recipe: variant["latency_ms"]["p50"]
+        for recipe, variant in working.items()
+        if "int8" in variant["proof"]["weight_dtypes"] and variant["latency_ms"]["p50"] > SLOWER * base["p50"]
+    }
+    if not slower:
+        return []
+    told = ", ".join(f"{recipe} {milliseconds:.3g} ms" for recipe, milliseconds in slower.items())
     return [
-        f"{variant['recipe']} takes {variant['latency_ms']['p50']:.3g} ms, float32 {base:.3g} ms on {variant['latency_ms']['cpu']}: "
-        "integer kernels are not faster on every CPU, so measure on the target before choosing it for speed."
-        for variant in working.values()
-        if "int8" in variant["proof"]["weight_dtypes"] and variant["latency_ms"]["p50"] > SLOWER * base
+        f"slower than float32 ({base['p50']:.3g} ms) on {base['cpu']}: {told}; integer kernels are not faster on every CPU, "
+        "so measure on the target before choosing one for speed."
     ]
 
 

@@ -15,6 +15,8 @@ from components.training.fused import fused_normalization
 from components.training.loop import Loop, make_loss
 from components.training.optimizer import make_optimizer
 from components.training.precision import FLOAT16, computed_in
+from components.training.rematerialize import rematerialized
+from components.training.transfer import transferred
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,7 @@ def lower(
     """Traces the update of one replica and lowers it with XLA for a CPU, the only device whose kernels are here for sure.
 
     Args:
-      options: Optimizer, smoothing, parts.
+      options: Optimizer, smoothing, parts, layers that are frozen or computed again; not its teacher or privacy.
       model: Built; its weights stay as they are.
       spec: Of the data.
       outputs: What a classifier returns.
@@ -53,17 +55,21 @@ def lower(
       precision: See `precision.Choice`.
       kind: 'CPU', 'GPU' or 'TPU', for which `precision` is meant.
     """
-    optimizer = make_optimizer(options.optimizer, 1000, max(1, options.epochs), scaled=precision == FLOAT16)
-    optimizer.build(model.trainable_variables)
-    loss = make_loss(spec.task, outputs, options.label_smoothing)
-    loop = Loop(model, optimizer, loss, spec.task, tf.distribute.get_strategy(), accumulate=options.accumulate)
     classification = spec.task == "classification"
     specs = (
         tf.TensorSpec((batch_size, *spec.input_shape), tf.float32),
         tf.TensorSpec((batch_size,), tf.int32) if classification else tf.TensorSpec((batch_size, 1), tf.float32),
     )
     with contextlib.ExitStack() as stack:
+        if options.transfer is not None:
+            stack.enter_context(transferred(model, options.transfer))
         stack.enter_context(fused_normalization(model))
+        if options.rematerialize:
+            stack.enter_context(rematerialized(model))
+        optimizer = make_optimizer(options.optimizer, 1000, max(1, options.epochs), scaled=precision == FLOAT16)
+        optimizer.build(model.trainable_variables)
+        loss = make_loss(spec.task, outputs, options.label_smoothing)
+        loop = Loop(model, optimizer, loss, spec.task, tf.distribute.get_strategy(), accumulate=options.accumulate)
         stack.enter_context(computed_in(model, precision, kind))
         graph = tf.function(loop.update).get_concrete_function(*specs).graph
         compiled = tf.function(loop.update, jit_compile=True)

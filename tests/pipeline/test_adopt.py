@@ -57,3 +57,14 @@ def test_no_epochs_for_a_model_of_the_zoo_are_refused():
         ConfigError, match=r"train\.epochs=0 takes a model as it is, .* got model\.name=cnn; give model"
     ):
         load_config("digits", ["train.epochs=0"])
+
+
+def test_a_strategy_of_the_base_training_alone_is_left_out(model, tmp_path):
+    text = "source: {kind: digits}\nmodel: {name: mlp}\nname: x\ncompress: {recipes: [int8]}\nstrategy: "
+    (tmp_path / "split.yaml").write_text(text + "{name: split, devices: 2, layout: {dense.*: 1}}\n")
+    assert load_config("split.yaml", ["compress.recipes=[prune+qat]"], model=model).strategy.name == "default"
+    (tmp_path / "two.yaml").write_text(text + "{name: mirrored, devices: 2}\n")
+    assert load_config("two.yaml", model=model).strategy.devices == 2
+    (tmp_path / "team.yaml").write_text(text + "{name: multi_worker, workers: 2}\n")
+    searching = ["strategy={}", "compress.recipes=auto"]
+    assert load_config("team.yaml", searching, model=model).strategy.name == "default"

@@ -148,7 +148,9 @@ def test_when_nothing_works_the_reasons_are_told():
 def test_integer_files_that_are_slower_than_float32_are_remarked():
     variants = [variant("float32", p50=0.2), variant("int8", p50=0.3, dtype="int8"), variant("float16", p50=0.4)]
     (remark,) = remarks(variants)
-    assert remark.startswith("int8 takes 0.3 ms, float32 0.2 ms on a processor: integer kernels are not faster")
+    assert remark.startswith("slower than float32 (0.2 ms) on a processor: int8 0.3 ms; integer kernels are not faster")
+    (remark,) = remarks([*variants, variant("qat", p50=0.5, dtype="int8")])
+    assert "on a processor: int8 0.3 ms, qat 0.5 ms; integer" in remark
     assert remarks([variant("float32", p50=0.2), variant("int8", p50=0.205, dtype="int8")]) == []
     assert remarks([variant("int8", dtype="int8")]) == []
 
