@@ -42,8 +42,9 @@ class Odd(keras.layers.Layer):
         return shape
 
 
-def lowered(model, precision="float32"):
-    return lower(TrainOptions(), model, SPEC, "logits", batch_size=16, precision=precision, kind="TPU")
+def lowered(model, precision="float32", **options):
+    made = TrainOptions.model_validate(options)
+    return lower(made, model, SPEC, "logits", batch_size=16, precision=precision, kind="TPU")
 
 
 def findings(model):
@@ -58,6 +59,16 @@ def test_an_update_of_plain_layers_has_no_errors_and_is_lowered():
     assert [each for each in lint(found.graph, {"hidden"}) if each.level == "error"] == []
     assert found.refusal == ""
     assert len(found.hlo) > 1000
+
+
+def test_what_is_frozen_or_computed_again_is_so_in_the_update():
+    def count(kind, **options):
+        graph = lowered(model_with(lambda x: x), **options).graph
+        return sum(each.type == kind for each in graph.get_operations())
+
+    assert count("MatMul", rematerialize=True) > count("MatMul")  # forward once more
+    assert count("AssignSubVariableOp") == 4
+    assert count("AssignSubVariableOp", transfer={"frozen": ["hidden"]}) == 2
 
 
 @pytest.mark.parametrize(
