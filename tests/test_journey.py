@@ -158,6 +158,7 @@ def test_one_changed_recipe_step_retrains_neither_the_base_nor_the_others(journe
     }  # fmt: skip
 
 
+@pytest.mark.slow  # a whole run
 def test_a_trained_model_is_compressed_without_training(journey, results, tmp_path):
     """The journey's own model, given by hand: its float32 file must be the same to the byte."""
     (model,) = journey.glob("workspace/store/train/*/model.keras")
@@ -226,6 +227,7 @@ def test_impossible_constraints_exit_with_their_own_code_and_say_by_how_much(jou
     assert not (journey / "workspace" / "tight" / "bundle").exists()
 
 
+@pytest.mark.slow  # two whole runs
 def test_a_run_killed_while_it_trains_ends_in_the_same_files(journey, results, tmp_path):
     write_slice(tmp_path)
     process = subprocess.Popen(

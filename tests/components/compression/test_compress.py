@@ -153,6 +153,7 @@ def test_layers_that_a_step_leaves_alone_are_listed_with_step_and_reason(compres
     assert [reason[:33] for layer, reason in untreated if layer == "logits"] == ["prune: among the smallest kernels"]
 
 
+@pytest.mark.slow  # a tree of its own
 def test_what_a_later_step_leaves_out_keeps_what_an_earlier_one_did(base, batches, calibration, tmp_path):
     options = OPTIONS.model_copy(update={"qat": QatOptions(epochs=1, exclude=["inner", "hidden"])})
     made = carry_out("prune+qat", tmp_path, base, batches, {}, options=options)
@@ -167,7 +168,16 @@ def test_what_a_later_step_leaves_out_keeps_what_an_earlier_one_did(base, batche
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "recipe", ["prune+qat", "prune@2:4", "prune@0.5:1x4", "prune+cluster+qat", "cluster+qat", "channels+lowrank+prune"]
+    "recipe",
+    [
+        "prune+qat",
+        "prune@2:4",
+        "prune+cluster+qat",
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("prune@0.5:1x4", "cluster+qat", "channels+lowrank+prune")
+        ),
+    ],
 )
 def test_every_step_runs_on_two_devices_with_the_result_of_one(
     recipe, mirrored, base, batches, calibration, compressed, tmp_path
@@ -274,6 +284,7 @@ def rows_model() -> keras.Model:
     return keras.Model(image, layers.Dense(3, name="logits")(layers.Flatten(name="flatten")(x)), name="rows")
 
 
+@pytest.mark.slow  # a tree of its own
 def test_layers_that_tfmot_does_not_know_go_the_whole_way(batches, calibration, tmp_path):
     keras.utils.set_random_seed(0)
     base = trained(tmp_path / "base", rows_model())

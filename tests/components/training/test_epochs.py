@@ -54,8 +54,8 @@ def heard():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("at", [1.4, 2.0])  # inside an epoch; after its last update, before its validation
+# Inside an epoch; after its last update, before its validation.
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGINT, 1.4), (signal.SIGTERM, 2.0)])
 def test_a_signal_saves_the_very_update_and_the_rest_ends_in_the_same_bits(number, at, pictures, tmp_path, heard):
     options = TrainOptions(epochs=3, batch_size=32, optimizer={"ema": 0.9})
     seen = []
