@@ -199,8 +199,9 @@ REFUSED = {
     "many processes train together.",
     "strategy: {workers: 2}": "my.yaml:4: strategy.workers is for multi_worker only, got 2 with strategy.name=default; leave it out.",
     "compress: {recipes: auto}\nstrategy: {name: multi_worker, workers: 2}": "my.yaml:4: compress.recipes=auto must run in one "
-    "process, since its clock would end a step in one worker and not in the others, got strategy.name=multi_worker; train "
-    "with --until train, then search with trimline compress.",
+    "process, since its clock would end a step in one worker and not in the others, got strategy.name=multi_worker; list recipes, train "
+    "with --until train, then search in one process: trimline compress MODEL.keras --data CONFIG --set 'strategy={}' "
+    "--budget 30m.",
     "train: {early_stopping: {patience: 1}}\npreprocess: {splits: {validation: 0}}": "my.yaml:4: train.early_stopping must "
     "have a validation split, got preprocess.splits.validation=0; give it a share, for instance 0.1.",
     "preprocess: {splits: {calibration: 0}}\ncompress: {recipes: [qat, int8]}": "my.yaml:5: compress.recipes 'int8': int8 "
