@@ -72,6 +72,10 @@ class OpenedData(PreparedData):
         """The serialised transform."""
         return self._opening["transform"]
 
+    def miscounts(self, made: PreparedData) -> bool:
+        """Whether `made`, which is all of it, has other rows in some split than was promised."""
+        return any(made.rows(split) != entry["rows"] for split, entry in self.manifest["splits"].items())
+
     def whole(self) -> PreparedData:
         """All of it, as soon as it is there.
 
@@ -81,7 +85,7 @@ class OpenedData(PreparedData):
         while not self.ended():
             time.sleep(_PAUSE)
         made = PreparedData(self.folder)
-        if made.rows("train") != self.rows("train"):
+        if self.miscounts(made):
             raise ContractError(
                 f"{self.folder}: {self.rows('train')} training rows were promised, {made.rows('train')} are sound; train again without --overlap."
             )

@@ -68,8 +68,8 @@ class Training:
     def resume(self) -> None:
         """Takes up the newest whole checkpoint, if there is one."""
         found = checkpoint.newest(self.folder, self.trace.warn)
-        if found is None:
-            return
+        if found is None or found.facts.get("rows", dict(self.batches.rows)) != dict(self.batches.rows):
+            return  # made while rows were counted that turned out malformed: their order is another now
         arrays = {name: list(values) for name, values in found.arrays.items()}
         assign(self.model.variables, arrays["model"])
         assign(self.optimizer.variables, arrays["optimizer"])
@@ -159,6 +159,7 @@ class Training:
         facts = {
             "epoch": self.epoch,
             "done": self.done,
+            "rows": dict(self.batches.rows),
             "sums": self.sums.tolist(),
             "seconds": self.seconds,
             "history": self.history,
