@@ -103,6 +103,7 @@ def _key(plan: Plan) -> Key:
         (
             "components.compression.compress",
             "components.training.model",
+            "components.training.split",
             "components.training.teacher",
             "components.training.trainable",
         ),
@@ -114,6 +115,7 @@ def _key(plan: Plan) -> Key:
         "spec": spec.to_json() if spec else None,
         "train": train.stage.name,
         "training": plan.config.train.model_dump(include={"epochs", "privacy", "transfer", "rematerialize"}),
+        "strategy": plan.config.strategy.model_dump(include={"name", "devices", "layout"}),
         "teacher_model": taught.model.model_dump() if (taught := teacher_config(plan.config)) else None,
         "teachers": {section: len(files) for section, files in _teachers(plan.config).items()},
     }
@@ -129,19 +131,25 @@ def _probe(plan: Plan) -> list[Finding]:
     """Builds the model untrained and asks every step of every recipe about it."""
     from components.compression.compress import unsupported
     from components.training.model import build
+    from components.training.split import check_split, whole_somewhere
     from components.training.teacher import load_teachers
     from components.training.trainable import check_trainable
+    from pipeline.strategy import make_split
 
     spec = rough_spec(plan)
     if spec is None:
         return []
     try:
+        split = make_split(plan.config.strategy)
         for section, files in _teachers(plan.config).items():
             load_teachers(files, spec, plan.config.model, where=f"{section}.distill.teacher")
         if (taught := teacher_config(plan.config)) is not None:
             build(taught.model, spec, seed=plan.config.seed)
-        model = build(plan.config.model, spec, seed=plan.config.seed)
+        with whole_somewhere(split):
+            model = build(plan.config.model, spec, seed=plan.config.seed)
         check_trainable(model, plan.config.train)
+        if split is not None:
+            check_split(model, split)
     except TrimlineError as error:
         return [Finding("error", str(error))]
     if not any(recipe.steps for recipe in recipes(plan.config)):

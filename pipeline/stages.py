@@ -195,9 +195,12 @@ def _model_to_export(call: Call, steps: tuple[Any, ...]) -> tuple[Any, dict[str,
     """The live model of these training steps, the facts of its artifact, and what the file must show."""
     if not steps:
         from components.training.model import load
+        from components.training.split import whole_somewhere
+        from pipeline.strategy import make_split
 
         trained = TrainedModel(call.takes["train"])
-        return load(trained.file, call.config.model), trained.facts, []
+        with whole_somewhere(make_split(call.config.strategy)):
+            return load(trained.file, call.config.model), trained.facts, []
     from components.compression.compress import load as load_compressed
 
     _know_layers(call)

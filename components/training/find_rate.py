@@ -7,7 +7,6 @@ The range test of Smith 2017, arXiv 1506.01186. Nothing that a run uses is chang
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import pathlib
@@ -21,12 +20,12 @@ from components.artifacts import Batches
 from components.errors import ModelError
 from components.options import ModelOptions, TrainOptions
 from components.tracing import Trace
-from components.training.fused import fused_normalization
 from components.training.loop import Loop, Totals, make_loss
 from components.training.model import outputs_of
 from components.training.optimizer import make_optimizer
+from components.training.prepared import prepared
 from components.training.replicas import check_batch
-from components.training.split import Split, beside_their_weights, placed, sizes
+from components.training.split import Split, beside_their_weights, whole_somewhere
 
 LOWEST, HIGHEST = 1e-6, 10.0
 UPDATES = 200
@@ -90,7 +89,8 @@ def find_rate(
     """Trains a fresh model for up to `updates` updates while the rate rises from LOWEST to HIGHEST; ends when the loss explodes.
 
     Args:
-      options: Optimizer, batch size, smoothing and parts as in the training; schedule and epochs play no part.
+      options: Optimizer, batch size, smoothing, parts, and what is frozen, corrected or computed again as in the training's
+        first epoch; schedule, precision, privacy and teachers play no part.
       build_model: Returns a built model; called under the strategy's scope.
       model_options: Says whether a classifier returns logits or probabilities.
       batches: The split train is read.
@@ -105,7 +105,7 @@ def find_rate(
       ModelError: The loss is not finite from the first update on.
     """
     check_batch(options.batch_size, strategy.num_replicas_in_sync, "mirrored", accumulate=options.accumulate)
-    with strategy.scope(), tf.device("CPU:0") if split is not None else contextlib.nullcontext():
+    with strategy.scope(), whole_somewhere(split):
         model = build_model()
     task = batches.spec.task
     loss = make_loss(task, outputs_of(model, model_options), options.label_smoothing)
@@ -113,17 +113,14 @@ def find_rate(
     losses: list[float] = []
     smoothed: list[float] = []
     average = 0.0
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(fused_normalization(model))
-        if split is not None:
-            stack.enter_context(placed(model, split, **sizes(options)))
+    with prepared(model, options, split) as ready:
         with strategy.scope():
             flat = options.optimizer.model_copy(update={"schedule": "constant", "warmup_epochs": 0.0})
             optimizer = make_optimizer(flat, updates, 1, rate=_Ramp(updates))
-            if split is not None:
+            if ready.home is not None:
                 beside_their_weights(optimizer)
-            optimizer.build(model.trainable_variables)
-        loop = Loop(model, optimizer, loss, task, strategy, accumulate=options.accumulate, split=split)
+            optimizer.build(ready.variables)
+        loop = Loop(model, optimizer, loss, task, strategy, accumulate=options.accumulate, home=ready.home)
         iterator = loop.iterator(batches.training(options.batch_size, seed, 0))
         for number in range(updates):
             rate = float(optimizer.learning_rate)

@@ -17,7 +17,7 @@ import tensorflow as tf
 from components.artifacts import Task
 from components.distillation import Lesson
 from components.training.privacy import Privacy
-from components.training.split import Split, beside_their_inputs, gradients
+from components.training.split import beside_their_inputs, gradients
 from components.workers import Statistics, agreed, shared
 
 Tensor = Any  # tf.Tensor; TensorFlow ships no usable types
@@ -100,7 +100,8 @@ class Loop:
       xla: Compile the update with XLA.
       privacy: Shortens the gradient of each example and adds noise; penalties on weights, which no example has a part
         in, are left out of both.
-      split: On whose devices the layers of `model` are placed; not with `xla` or `privacy`, which know one device.
+      home: Where what belongs to no layer is computed, if the layers of `model` are placed on several devices; not with
+        `xla` or `privacy`, which know one.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class Loop:
         accumulate: int = 1,
         xla: bool = False,
         privacy: Privacy | None = None,
-        split: Split | None = None,
+        home: str | None = None,
     ) -> None:
         self._model = model
         self._optimizer = optimizer
@@ -124,7 +125,7 @@ class Loop:
         self._lesson = lesson
         self._accumulate = accumulate
         self._privacy = privacy
-        self._split = split
+        self._home = home
         self._update = tf.function(self._train_step, jit_compile=True) if xla else self._train_step
         self._statistics = Statistics(strategy, model.non_trainable_variables)
         self._advance = tf.function(self._advance_steps, jit_compile=False)
@@ -153,8 +154,7 @@ class Loop:
             return self._evaluate(iterator, tf.constant(batches), tf.constant(totals)).numpy()
 
     def _at_home(self) -> contextlib.AbstractContextManager[Any]:
-        """Where what belongs to no layer is computed."""
-        return contextlib.nullcontext() if self._split is None else tf.device(self._split.home)
+        return contextlib.nullcontext() if self._home is None else tf.device(self._home)
 
     # The two bodies below are read by autograph: their `for` becomes a loop inside the graph.
 
@@ -183,13 +183,19 @@ class Loop:
 
     @tf.autograph.experimental.do_not_convert
     def _train_step(self, x: Tensor, y: Tensor) -> Tensor:
-        gradients, sums = self._share(x, y) if self._accumulate == 1 else self._averaged(x, y)
+        if self._accumulate == 1:
+            gradients, sums = self._share(x, y)
+        else:
+            gradients, sums = self._averaged(x, y) if self._home is None else self._averaged_in_place(x, y)
         if self._privacy is not None:
             replica = tf.distribute.get_replica_context().replica_id_in_sync_group
             gradients = self._privacy.noised(gradients, self._optimizer.iterations, replica)
-        with contextlib.nullcontext() if self._split is None else beside_their_inputs():
+        with self._in_place():
             self._optimizer.apply(gradients, self._model.trainable_variables)
         return sums
+
+    def _in_place(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self._home is None else beside_their_inputs()
 
     def _share(self, x: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor]:
         return self._gradients(x, y) if self._privacy is None else self._private(self._privacy, x, y)
@@ -225,7 +231,7 @@ class Loop:
             # Replicas' gradients are summed, so each counts for its share of the global mean.
             share = (tf.reduce_mean(guided) + extra) / self._strategy.num_replicas_in_sync
             share = self._optimizer.scale_loss(share)  # in mixed_float16; the optimizer divides what it gets
-        found = tape.gradient(share, variables) if self._split is None else gradients(share, variables)
+        found = tape.gradient(share, variables) if self._home is None else gradients(share, variables)
         return found, self._sums(y, given, each + extra)
 
     def _averaged(self, x: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -245,6 +251,23 @@ class Loop:
         start = (tf.constant(0), zeros, tf.zeros(3))
         # One at a time: in parallel they would need the memory that cutting is there to save.
         _, total, sums = tf.while_loop(lambda part, *_: part < parts, add, start, parallel_iterations=1)
+        return total, sums
+
+    def _averaged_in_place(self, x: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor]:
+        """As `_averaged`, each sum beside its weight: not in a loop, whose variables would all be on one device."""
+        parts, variables = self._accumulate, self._model.trainable_variables
+        total: list[Tensor] = []
+        for variable in variables:
+            with tf.device(variable.value.device):
+                total.append(tf.zeros(variable.shape, variable.dtype))
+        sums = tf.zeros(3)
+        for xs, ys in zip(tf.split(x, parts), tf.split(y, parts), strict=True):
+            with tf.control_dependencies([*total, sums]):  # one after the other, as there
+                gradients, more = self._share(tf.identity(xs), tf.identity(ys))
+            with self._in_place():
+                given = _or_zeros(gradients, variables)
+                total = [before + each / parts for before, each in zip(total, given, strict=True)]
+            sums += more
         return total, sums
 
     @tf.autograph.experimental.do_not_convert

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from typing import Any, Literal
 
@@ -11,12 +10,10 @@ import tensorflow as tf
 
 from components.artifacts import DataSpec
 from components.options import TrainOptions
-from components.training.fused import fused_normalization
 from components.training.loop import Loop, make_loss
 from components.training.optimizer import make_optimizer
 from components.training.precision import FLOAT16, computed_in
-from components.training.rematerialize import rematerialized
-from components.training.transfer import transferred
+from components.training.prepared import prepared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,17 +57,11 @@ def lower(
         tf.TensorSpec((batch_size, *spec.input_shape), tf.float32),
         tf.TensorSpec((batch_size,), tf.int32) if classification else tf.TensorSpec((batch_size, 1), tf.float32),
     )
-    with contextlib.ExitStack() as stack:
-        if options.transfer is not None:
-            stack.enter_context(transferred(model, options.transfer))
-        stack.enter_context(fused_normalization(model))
-        if options.rematerialize:
-            stack.enter_context(rematerialized(model))
+    with prepared(model, options) as ready, computed_in(model, precision, kind):
         optimizer = make_optimizer(options.optimizer, 1000, max(1, options.epochs), scaled=precision == FLOAT16)
-        optimizer.build(model.trainable_variables)
+        optimizer.build(ready.variables)
         loss = make_loss(spec.task, outputs, options.label_smoothing)
         loop = Loop(model, optimizer, loss, spec.task, tf.distribute.get_strategy(), accumulate=options.accumulate)
-        stack.enter_context(computed_in(model, precision, kind))
         graph = tf.function(loop.update).get_concrete_function(*specs).graph
         compiled = tf.function(loop.update, jit_compile=True)
         try:

@@ -19,7 +19,7 @@ from components.training.loop import Loop, Totals, make_loss
 from components.training.optimizer import Schedule, make_optimizer
 from components.training.precision import FLOAT16, computed_in, kind_of
 from components.training.privacy import Privacy, noise_key
-from components.training.split import Split, beside_their_weights
+from components.training.split import beside_their_weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Maker:
       lesson: What a teacher adds.
       seed: Fixes the order of the examples.
       folder: Of the training; keeps the key of private noise.
-      split: Where the layers are placed, if on several devices.
+      home: See `Prepared`; not None where the layers are placed on several devices.
     """
 
     options: TrainOptions
@@ -50,7 +50,7 @@ class Maker:
     lesson: Lesson | None
     seed: int
     folder: pathlib.Path
-    split: Split | None = None
+    home: str | None = None
 
     @property
     def kind(self) -> str:
@@ -68,7 +68,7 @@ class Maker:
             made = make_optimizer(
                 options.optimizer, self.steps, max(1, options.epochs), scaled=precision == FLOAT16, rate=rate
             )
-            if self.split is not None:
+            if self.home is not None:
                 beside_their_weights(made)
             made.build(self.variables)
         return made
@@ -88,17 +88,21 @@ class Maker:
             self.strategy,
             self.lesson,
             accumulate=options.accumulate,
-            xla=self.kind != "CPU" and self.split is None if options.xla == "auto" else options.xla,
+            xla=self.kind != "CPU" and self.home is None if options.xla == "auto" else options.xla,
             privacy=privacy,
-            split=self.split,
+            home=self.home,
         )
 
     def timer(self, precision: str) -> Callable[[], float]:
         """See `choose`. The model has its weights back after each use.
 
-        On a CPU by processor time: another program beside must not decide which precision is the faster one.
+        On a CPU by processor time: another program beside must not decide which precision is the faster one. Not while
+        data are being written by a thread of this process, whose time would be in it.
         """
-        clock = time.process_time if self.kind == "CPU" else time.perf_counter
+        arriving = self.batches.arriving
+        clock = time.process_time if self.kind == "CPU" and arriving is None else time.perf_counter
+        while arriving is not None and not arriving.batches(self.options.batch_size):
+            time.sleep(0.05)
         batch = self.batches.training(self.options.batch_size, self.seed, 0).take(1).cache().repeat()
         before = [variable.numpy() for variable in self.model.variables]
         with computed_in(self.model, precision, self.kind):

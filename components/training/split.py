@@ -42,11 +42,6 @@ class Split:
     devices: tuple[str, ...]
     layout: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
-    @property
-    def home(self) -> str:
-        """Where what belongs to no layer is computed: the loss, beside the last layers."""
-        return self.devices[-1]
-
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -70,48 +65,70 @@ class Part:
         return f"{short} {ends} ({len(self.layers)} layers, {self.weight_bytes / 2**20:.1f} MiB of weights)"
 
 
-@contextlib.contextmanager
-def placed(model: keras.Model, split: Split, *, batch_size: int, slots: int) -> Iterator[list[Part]]:
-    """Layers of `model` compute on their devices inside the block, their weights lie there; after it all is as it was.
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A model on its devices.
 
-    Args:
-      model: Functional or Sequential, and so what it nests; a layer that contains others otherwise (attention) stays whole.
-      split: Devices and layout.
-      batch_size: Examples of which activations are held at a time; weighs activations against weights.
-      slots: Numbers that the optimizer keeps for each weight.
+    Attributes:
+      parts: What each device has, in their order.
+      home: The device of the last layer, where what belongs to no layer is computed: the loss.
+    """
 
-    Yields:
-      What each device has, in their order.
+    parts: tuple[Part, ...]
+    home: str
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.parts))
+
+
+def whole_somewhere(split: Split | None) -> contextlib.AbstractContextManager[Any]:
+    """Where all of a model that is to be split may be at once: in the host's memory."""
+    return contextlib.nullcontext() if split is None else tf.device("CPU:0")
+
+
+def check_split(model: keras.Model, split: Split) -> None:
+    """Looks whether `model` can be cut as `split` says; asked by `plan`.
 
     Raises:
       ConfigError: A pattern names no layer or no device, or the model is none that can be cut.
     """
     operations = list(_operations(model))
-    places = (
-        _mapped(operations, split) if split.layout else _balanced(operations, len(split.devices), batch_size, slots)
-    )
+    if split.layout:
+        _mapped(operations, split)
+
+
+@contextlib.contextmanager
+def placed(model: keras.Model, split: Split, options: TrainOptions) -> Iterator[Placed]:
+    """Layers of `model` compute on their devices inside the block, their weights lie there; after it all is as it was.
+
+    Args:
+      model: Functional or Sequential, and so what it nests; a layer that contains others otherwise (attention) stays whole.
+      split: Devices and layout.
+      options: Batch, parts and optimizer of the training: what a layer needs beside its weights.
+
+    Raises:
+      ConfigError: A pattern names no layer or no device, or the model is none that can be cut.
+    """
+    # A layer that is shared with a nested model is met twice, and goes where it is met first.
+    operations = list({id(each): each for each in _operations(model)}.values())
+    places = _mapped(operations, split) if split.layout else _balanced(operations, len(split.devices), options)
     kinds = [type(each) for each in operations]
-    moved: list[tuple[Any, Any]] = []
+    moved: dict[int, tuple[Any, Any]] = {}
     try:
         for operation, place in zip(operations, places, strict=True):
             device = split.devices[place]
             for variable in _variables(operation):
-                moved.append((variable, variable._value))
-                variable._value = _copy(variable._value, device)
+                if id(variable) not in moved:
+                    moved[id(variable)] = variable, variable._value
+                    variable._value = _copy(variable._value, device)
             operation.__class__ = _computing_on(device, type(operation))
-        yield _parts(operations, places, split)
+        yield Placed(tuple(_parts(operations, places, split)), split.devices[places[-1]])
     finally:
         for operation, kind in zip(operations, kinds, strict=True):
             operation.__class__ = kind
-        for variable, before in moved:
+        for variable, before in moved.values():
             before.assign(variable._value.numpy())
             variable._value = before
-
-
-def sizes(options: TrainOptions) -> dict[str, int]:
-    """What `placed` must know of a training."""
-    slots = {"sgd": 1, "adam": 2, "adamw": 2}[options.optimizer.name]
-    return {"batch_size": options.batch_size // options.accumulate, "slots": slots}
 
 
 def beside_their_weights(optimizer: keras.optimizers.Optimizer) -> None:
@@ -209,9 +226,10 @@ def _mapped(operations: Sequence[Any], split: Split) -> list[int]:
     return places
 
 
-def _balanced(operations: Sequence[Any], devices: int, batch_size: int, slots: int) -> list[int]:
+def _balanced(operations: Sequence[Any], devices: int, options: TrainOptions) -> list[int]:
     """Runs of operations, one a device, whose largest need is as small as runs can make it."""
-    needs = [_need(each, batch_size, slots) for each in operations]
+    slots = {"sgd": 1, "adam": 2, "adamw": 2}[options.optimizer.name]  # numbers kept for each weight
+    needs = [_need(each, options.batch_size // options.accumulate, slots) for each in operations]
 
     def cut(most: int) -> list[int]:
         places, place, filled = [], 0, 0

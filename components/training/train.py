@@ -25,17 +25,16 @@ from components.options import ModelOptions, TrainOptions
 from components.tracing import Trace
 from components.training import checkpoint
 from components.training.epochs import Training, assign
-from components.training.fused import fused_normalization
 from components.training.insight import in_words
 from components.training.maker import Maker
 from components.training.model import outputs_of
 from components.training.precision import CHOICE, Choice, choose, computed_in
+from components.training.prepared import prepared
 from components.training.privacy import KEY, promise
-from components.training.rematerialize import rematerialized
 from components.training.replicas import check_batch, rescaled
-from components.training.split import Split, placed, sizes
+from components.training.split import Split, whole_somewhere
 from components.training.trainable import check_trainable
-from components.training.transfer import merged, transferred
+from components.training.transfer import merged
 from components.workers import check_share, several
 
 
@@ -82,29 +81,22 @@ def train(
         options = _rescale(options, strategy, trace)
     steps = _check(options, batches, strategy, trace)
     with contextlib.ExitStack() as stack:
-        with strategy.scope(), tf.device("CPU:0") if split is not None else contextlib.nullcontext():
-            model = build_model()  # one that is to be split may be too large for any other device
+        with strategy.scope(), whole_somewhere(split):
+            model = build_model()
             outputs = outputs_of(model, model_options)
-            lesson = make_lesson(options.distill, teachers, batches.spec.task, outputs)
         check_trainable(model, options)
         promised = {}
         if options.privacy is not None:
             promised = {"privacy": _promise(options, steps, batches, trace)}
-        stages = stack.enter_context(transferred(model, options.transfer)) if options.transfer else None
-        fused = stack.enter_context(fused_normalization(model))
-        if options.rematerialize:
-            again = stack.enter_context(rematerialized(model))
-            trace.tell(
-                f"rematerialized: {len(again)} layers, {', '.join(again[:5])}{', ...' if len(again) > 5 else ''}"
-            )
-        if split is not None:
-            parts = stack.enter_context(placed(model, split, **sizes(options)))
-            trace.tell(f"split: {'; '.join(map(str, parts))}")
-        variables = model.trainable_variables if stages is None else stages.variables
+        ready = stack.enter_context(prepared(model, options, split))
+        for line in ready.told:
+            trace.tell(line)
+        with strategy.scope(), contextlib.nullcontext() if ready.home is None else tf.device(ready.home):
+            lesson = make_lesson(options.distill, teachers, batches.spec.task, outputs)
         make = Maker(
             options=options,
             model=model,
-            variables=variables,
+            variables=ready.variables,
             batches=batches,
             strategy=strategy,
             steps=steps,
@@ -112,19 +104,18 @@ def train(
             lesson=lesson,
             seed=seed,
             folder=folder,
-            split=split,
+            home=ready.home,
         )
         chosen = Choice("float32", "nothing is trained")
         if options.epochs:
             examples = options.epochs * steps * options.batch_size
             chosen = choose(options, model, examples, make.kind, make.timer, folder)
-            trace.tell(
-                f"precision: {chosen}" + (f"; {fused} batch normalizations on the fused kernel" if fused else "")
-            )
+            fused = f"; {ready.fused} batch normalizations on the fused kernel" if ready.fused else ""
+            trace.tell(f"precision: {chosen}{fused}")
         stack.enter_context(computed_in(model, chosen.precision, make.kind))
         optimizer = make.optimizer(chosen.precision)
         run = Training(options, model, optimizer, make.loop(optimizer), batches, folder, steps, seed, trace)
-        run.stages, run.remake = stages, functools.partial(make.loop, optimizer)
+        run.stages, run.remake = ready.stages, functools.partial(make.loop, optimizer)
         run.resume()
         _trace_graph(trace, model)
         run.to_the_end()
@@ -132,7 +123,8 @@ def train(
         if "speed" in learned:
             trace.tell(in_words(learned["speed"]))
     facts = {"outputs": outputs, "precision": chosen.precision, **learned, **promised}
-    return _finish(run, facts, build_model)
+    with whole_somewhere(split):  # a merged model is built beside the trained one
+        return _finish(run, facts, build_model)
 
 
 def _rescale(options: TrainOptions, strategy: tf.distribute.Strategy, trace: Trace) -> TrainOptions:

@@ -48,6 +48,21 @@ def test_a_training_that_cannot_be_is_told_before_the_run(train, message, tmp_pa
     assert re.match(message, finding.text)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        ({"layout": {"stem": 0}}, r"strategy\.layout: 'stem' names no layer of the model; it has conv1"),
+        ({"devices": 3}, r"strategy\.devices=3 asks for more than the 2 CPU devices of this machine"),
+    ],
+)
+def test_a_model_that_cannot_be_split_so_is_told_before_the_run(strategy, message, tmp_path, two_devices):
+    value = {"name": "t", "source": {"kind": "digits"}, "model": {"name": "cnn"}, "workspace": str(tmp_path)}
+    value |= {"compress": {"recipes": ["int8"]}, "strategy": {"name": "split", **strategy}}
+    (finding,) = check(make_plan(from_dict(value)))
+    assert finding.level == "error"
+    assert re.match(message, finding.text)
+
+
 def test_what_a_trained_model_does_not_allow_is_found_out_once(tmp_path):
     exclude = {"compress": {"recipes": "auto", "prune": {"exclude": ["head"]}}}
     base = {"name": "t", "source": {"kind": "digits"}, "model": {"name": "cnn"}, "workspace": str(tmp_path), **exclude}

@@ -15,10 +15,12 @@ from components.artifacts import read_json
 from components.errors import ConfigError
 from components.options import ModelOptions, TrainOptions
 from components.tracing import Trace
+from components.training.loop import Loop, make_loss
 from components.training.split import Split, beside_their_inputs, beside_their_weights, gradients, placed
 from components.training.train import train
 
 HERE = pathlib.Path(__file__).parent
+ADAM = TrainOptions(batch_size=16)
 
 
 def build(dropout: float = 0.0) -> keras.Model:
@@ -82,7 +84,8 @@ def test_a_split_model_learns_what_a_whole_one_does(pictures, tmp_path, split, o
 def test_weights_and_optimizer_lie_where_their_layer_computes_and_come_back(pictures, split):
     model = build()
     before, kinds = [variable.numpy() for variable in model.variables], [type(layer) for layer in model.layers]
-    with placed(model, split, batch_size=16, slots=2) as parts:
+    with placed(model, split, ADAM) as there:
+        parts = there.parts
         # What no pattern names goes with the one before it: the activation with norm, the rest with second.
         assert parts[0].layers[:2] == ("first", "norm")
         assert parts[1].layers == ("second", "sum", "flat", "hidden", "drop", "out")
@@ -121,7 +124,7 @@ def test_an_optimizers_slots_lie_beside_their_weights(pictures, tmp_path, split,
 
 def test_gradients_and_updates_are_computed_where_their_layer_is(split):
     model = build()
-    with placed(model, split, batch_size=16, slots=2):
+    with placed(model, split, ADAM):
         optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam())
         beside_their_weights(optimizer)
         optimizer.build(model.trainable_variables)
@@ -162,14 +165,67 @@ def test_without_a_layout_runs_of_layers_need_about_the_same():
     for name in "abcdef":
         x = keras.layers.Dense(4, name=name)(x)
     model = keras.Model(inputs, keras.layers.Dense(40, name="wide")(x))
-    with placed(model, Split(("CPU:0", "CPU:0")), batch_size=1, slots=2) as parts:
-        assert [part.layers for part in parts] == [("a", "b", "c", "d", "e", "f"), ("wide",)]
-    with placed(model, Split(("CPU:0",) * 4), batch_size=1, slots=2) as parts:
-        assert [len(part.layers) for part in parts] == [6, 1, 0, 0]  # more devices would not lower the largest need
-        assert str(parts[2]) == "CPU:0 no layer"
-    # Activations of many examples outweigh the weights: each layer gives four numbers, the last forty.
-    with placed(model, Split(("CPU:0", "CPU:0")), batch_size=10_000, slots=2) as parts:
-        assert [len(part.layers) for part in parts] == [6, 1]
+    one = TrainOptions(batch_size=1)
+    with placed(model, Split(("CPU:0", "CPU:0")), one) as there:
+        assert [part.layers for part in there.parts] == [("a", "b", "c", "d", "e", "f"), ("wide",)]
+    with placed(model, Split(("CPU:0",) * 4), one) as there:
+        # More devices would not lower the largest need.
+        assert [len(part.layers) for part in there.parts] == [6, 1, 0, 0]
+        assert str(there).endswith("; CPU:0 no layer; CPU:0 no layer")
+
+
+def test_activations_of_many_examples_outweigh_weights():
+    inputs = keras.Input((4,))
+    x = keras.layers.Dense(400, name="heavy")(inputs)  # 2,000 weights, 400 numbers an example
+    for name in "abcd":
+        x = keras.layers.Activation("relu", name=name)(x)
+    model = keras.Model(inputs, x)
+
+    def runs(**options):
+        with placed(model, Split(("CPU:0", "CPU:0")), TrainOptions(**options)) as there:
+            return [len(part.layers) for part in there.parts]
+
+    assert runs(batch_size=1) == [1, 4]
+    assert runs(batch_size=100) == [2, 3]
+    assert runs(batch_size=100, accumulate=100) == [1, 4]  # one at a time
+
+
+def test_a_layer_shared_with_a_nested_model_is_placed_once_and_comes_back(two_devices):
+    shared = keras.layers.Dense(4, name="shared")
+    inner = keras.Sequential([keras.Input((4,)), shared], name="inner")
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.layers.Dense(2, name="out")(inner(shared(inputs))))
+    kernel = shared.kernel._value
+    with placed(model, Split(tuple(two_devices), {"shared": 1, "out": 0}), ADAM) as there:
+        assert [part.layers for part in there.parts] == [("out",), ("shared",)]
+        assert there.home == two_devices[0]  # beside the last layer, not on the last device
+        shared.kernel.assign(np.ones((4, 4)))
+    assert shared.kernel._value is kernel
+    assert type(shared) is keras.layers.Dense
+    np.testing.assert_array_equal(kernel.numpy(), np.ones((4, 4)))
+
+
+def test_sums_over_parts_of_a_batch_lie_beside_their_weights(split):
+    """The gradient of `hidden` has the shape of no other tensor, nor has that of `first`."""
+    model = build()
+    with placed(model, split, ADAM) as there:
+        optimizer = keras.optimizers.Adam()
+        beside_their_weights(optimizer)
+        optimizer.build(model.trainable_variables)
+        loss = make_loss("classification", "logits")
+        loop = Loop(
+            model, optimizer, loss, "classification", tf.distribute.get_strategy(), accumulate=4, home=there.home
+        )
+        specs = tf.TensorSpec((16, 8, 8, 1)), tf.TensorSpec((16,), tf.int32)
+        graph = tf.function(loop.update).get_concrete_function(*specs).graph
+    kernels = {(512, 32): "1", (3, 3, 1, 8): "0"}
+    seen = collections.Counter()
+    for each in walked(graph):
+        shape = tuple(each.outputs[0].shape) if each.outputs and each.outputs[0].shape.rank is not None else None
+        if shape in kernels and each.type not in ("ReadVariableOp", "Const"):
+            assert each.device[-1:] == kernels[shape], (each.name, each.type, each.device)
+            seen[shape, each.type] += 1
+    assert {shape for shape, kind in seen if kind == "AddV2"} == set(kernels)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +237,7 @@ def test_without_a_layout_runs_of_layers_need_about_the_same():
 )
 def test_a_wrong_layout_is_named(layout, message):
     model = build()
-    with pytest.raises(ConfigError, match=message), placed(model, Split(("CPU:0",) * 2, layout), batch_size=1, slots=1):
+    with pytest.raises(ConfigError, match=message), placed(model, Split(("CPU:0",) * 2, layout), ADAM):
         pass
 
 
@@ -192,7 +248,7 @@ def test_a_subclassed_model_cannot_be_cut():
     message = r"strategy\.name=split cuts functional and Sequential models, got Own 'own'; build it as one of them"
     with (
         pytest.raises(ConfigError, match=message),
-        placed(Own(name="own"), Split(("CPU:0",) * 2), batch_size=1, slots=1),
+        placed(Own(name="own"), Split(("CPU:0",) * 2), ADAM),
     ):
         pass
 
@@ -201,8 +257,8 @@ def test_a_sequential_model_is_cut(two_devices):
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, name="a"), keras.layers.Dense(2, name="b")])
     x = np.ones((2, 3), "float32")
     before = model(x).numpy()
-    with placed(model, Split(tuple(two_devices), {"b": 1}), batch_size=1, slots=0) as parts:
-        assert [part.layers for part in parts] == [("a",), ("b",)]
+    with placed(model, Split(tuple(two_devices), {"b": 1}), ADAM) as there:
+        assert [part.layers for part in there.parts] == [("a",), ("b",)]
         given = model(x)
         assert given.device[-1] == "1"
         np.testing.assert_array_equal(given, before)
