@@ -11,11 +11,11 @@ import re
 from typing import Any
 
 from components.errors import ConfigError
+from components.options import BASE_ONLY
 from pipeline.rules import Origin, Spot
 
 # Of a training section these still say something about a model that is trained: how fine-tuning feeds it.
 _KEPT = ("batch_size", "augmentation")
-_TRAINING_ONLY = ("split", "tpu")  # strategies of the base training
 
 
 def adopt(data: dict[str, Any], origin: Origin, model: str | os.PathLike[str]) -> None:
@@ -37,7 +37,7 @@ def adopt(data: dict[str, Any], origin: Origin, model: str | os.PathLike[str]) -
         "train": {**kept, "epochs": 0},
     }
     strategy = data.get("strategy")
-    if isinstance(strategy, dict) and strategy.get("name") in _TRAINING_ONLY:
+    if isinstance(strategy, dict) and strategy.get("name") in BASE_ONLY:
         new["strategy"] = {}
     data.update(new)
     for key in ("name", "model"):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from components.errors import ConfigError
-from components.options import AUTO, CsvSource, IdxSource, LineSource, TextSource
+from components.options import AUTO, BASE_ONLY, CsvSource, IdxSource, LineSource, TextSource
 from components.recipe import IO, RESCUE, Recipe, parse_recipe
 from pipeline.yaml_text import KeyPath, dotted, shown
 
@@ -177,17 +177,21 @@ def _leaks(config: Config) -> Iterator[tuple[KeyPath, str]]:
             "list float32, float16, dynamic or int8.",
         )
         return
+    for index, text in _training_recipes(config):
+        yield (
+            ("compress", "recipes", index),
+            f"compress.recipes must not train beside train.privacy, got '{text}', which trains on the rows again without noise; "
+            "keep to float32, float16, dynamic, int8 and other formats.",
+        )
+
+
+def _training_recipes(config: Config) -> Iterator[tuple[int, str]]:
+    """(place, recipe) of those that are listed and train, or may."""
     for index, text in enumerate(config.compress.recipes):
-        try:
+        with contextlib.suppress(ConfigError):  # told elsewhere
             recipe = parse_recipe(text, config.compress.strengths)
-        except ConfigError:
-            continue  # told elsewhere
-        if recipe.steps or recipe.format == RESCUE:
-            yield (
-                ("compress", "recipes", index),
-                f"compress.recipes must not train beside train.privacy, got '{text}', which trains on the rows again without noise; "
-                "keep to float32, float16, dynamic, int8 and other formats.",
-            )
+            if recipe.steps or recipe.format == RESCUE:
+                yield index, text
 
 
 def _strategy_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
@@ -216,18 +220,15 @@ def _strategy_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
 def _base_training_only(config: Config) -> Iterator[tuple[KeyPath, str]]:
     """Recipes that train, under a strategy that knows Keras 3 models and no twins."""
     name = config.strategy.name
-    if name not in ("split", "tpu"):
+    if name not in BASE_ONLY:
         return
     told = f"must not train beside strategy.name={name}, which takes the base training only, got"
     instead = "list float32, float16, int8 and other formats, and compress the trained model afterwards: trimline compress MODEL.keras --data CONFIG."
     if config.compress.recipes == AUTO:
         yield ("compress", "recipes"), f"compress.recipes {told} auto; {instead}"
         return
-    for index, text in enumerate(config.compress.recipes):
-        with contextlib.suppress(ConfigError):  # told elsewhere
-            recipe = parse_recipe(text, config.compress.strengths)
-            if recipe.steps or recipe.format == RESCUE:
-                yield ("compress", "recipes", index), f"compress.recipes {told} '{text}'; {instead}"
+    for index, text in _training_recipes(config):
+        yield ("compress", "recipes", index), f"compress.recipes {told} '{text}'; {instead}"
 
 
 def _split_contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:

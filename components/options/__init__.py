@@ -31,6 +31,7 @@ from components.options.data import (
 )
 from components.options.delivery import BundleOptions, ExportOptions, MeasureOptions, RescueOptions, SelectOptions
 from components.options.training import (
+    BASE_ONLY,
     CompressDistillation,
     Distillation,
     EarlyStopping,
@@ -47,6 +48,7 @@ from components.options.training import (
 
 __all__ = [
     "AUTO",
+    "BASE_ONLY",
     "ArraysSource",
     "Augmentation",
     "BundleOptions",

@@ -62,6 +62,10 @@ class EarlyStopping(Options):
     patience: Count = 10
 
 
+BASE_ONLY = ("split", "tpu")
+"""Strategies that take the base training alone: fine-tuning trains twins in tf_keras."""
+
+
 class StrategyOptions(Options):
     """Where the training runs; see `pipeline/strategy.py`."""
 
