@@ -141,20 +141,35 @@ class Share:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Arriving:
+    """Data that are being written while the first epoch reads them. Both functions raise what ended the writing.
+
+    Attributes:
+      batches: batch_size -> how many batches of the first epoch can be had by now without waiting.
+      complete: Whether all data are there.
+    """
+
+    batches: Callable[[int], int]
+    complete: Callable[[], bool]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Batches:
     """How a stage that trains gets its data, without knowing where it lies. `components.data.dataset` makes it.
 
     Attributes:
       spec: What each batch holds.
-      training: (batch_size, seed, first_epoch) -> `tf.data.Dataset`, infinite, of (inputs float32 (batch_size, *shape),
+      training: (batch_size, seed, first_epoch) -> `tf.data.Dataset`, infinite but for `first_apart`, of (inputs float32 (batch_size, *shape),
         labels int32 (batch_size,) or float32 (batch_size, 1)). Epoch e depends only on (seed, e).
-      ordered: (split, batch_size) -> `tf.data.Dataset`, one pass in file order, last batch smaller.
+      ordered: (split, batch_size) -> `tf.data.Dataset` of known cardinality, one pass in file order, last batch smaller.
       rows: split -> number of rows, of all processes together.
       rows_of: (batch_size, seed, epoch, step) -> int64 (batch_size,), the rows of the training split in file order, 0 is
         the first, that make one batch of `training`; None where nobody can tell.
       share: Of several processes each gets its share of every batch: `batch_size` stays global, and the data sets hold
         `share.part(batch_size)` of its rows.
       first_apart: The data set that starts at epoch 0 ends after it; the rest is asked for then.
+      arriving: None where all data are there; else `rows` are those that were promised, of which some may turn out
+        malformed.
     """
 
     spec: DataSpec
@@ -164,6 +179,7 @@ class Batches:
     rows_of: Callable[[int, int, int, int], Any] | None = None
     share: Share = Share()
     first_apart: bool = False
+    arriving: Arriving | None = None
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Whole batches in one epoch; the remainder is dropped so that shapes stay static."""

@@ -27,16 +27,17 @@ class Ahead:
       work: Carries it out; calls what it is given now and then, which raises where nobody wants it any more.
       folder: Of the artifact.
       partial: Where it lies until it is one.
+      seed: Of the run.
     """
 
     def __init__(
-        self, work: Callable[[Callable[[], None]], object], folder: pathlib.Path, partial: pathlib.Path
+        self, work: Callable[[Callable[[], None]], object], folder: pathlib.Path, partial: pathlib.Path, seed: int
     ) -> None:
         self._work = work
         self._unwanted = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="preprocess", daemon=True)
-        self.data = OpenedData(folder, partial, self.ended)
+        self.data = OpenedData(folder, partial, self.ended, seed)
 
     def start(self) -> bool:
         """Begins, and returns True as soon as a training may read; False where all was over before it could.
@@ -44,8 +45,8 @@ class Ahead:
         Raises:
           TrimlineError: What the preprocessing raised before.
         """
+        # One of an earlier attempt, or of another process that is building, says the same: the fingerprint is the same.
         opening = self.data.partial / OPENING
-        opening.unlink(missing_ok=True)  # of an attempt before
         self._thread.start()
         try:
             while True:
@@ -62,17 +63,28 @@ class Ahead:
             raise
 
     def ended(self) -> bool:
-        """Whether the artifact is there; raises what the preprocessing raised."""
+        """Whether the artifact is there; raises what the preprocessing raised, and, once it is let go, for readers too."""
+        if self._unwanted.is_set():
+            raise _CancelledError
         if self._thread.is_alive():
             return False
         if self._error is not None:
             raise self._error
         return True
 
+    @property
+    def over(self) -> bool:
+        """Whether it ended, well or not."""
+        return not self._thread.is_alive()
+
     def finish(self) -> PreparedData:
-        """The artifact, when it is there."""
-        self._thread.join()
-        self.ended()
+        """The artifact, when it is there; raises what the preprocessing raised."""
+        try:
+            while not self.ended():
+                time.sleep(_PAUSE)
+        except KeyboardInterrupt:
+            self.cancel()
+            raise
         return PreparedData(self.data.folder)
 
     def cancel(self) -> None:

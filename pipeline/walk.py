@@ -96,7 +96,9 @@ class Walk:
     def _start_ahead(self, plan: Plan, step: Step) -> None:
         folder, partial = plan.store.folder(step.key), plan.store.partial(step.key)
         beside = dataclasses.replace(self, screen=self.screen.beside())
-        self.ahead = beside.ahead = Ahead(lambda pulse: beside._preprocess(plan, step, pulse), folder, partial)
+        self.ahead = beside.ahead = Ahead(
+            lambda pulse: beside._preprocess(plan, step, pulse), folder, partial, plan.config.seed
+        )
         if not self.ahead.start():
             self.ahead = None
         self.done[step.name] = folder
@@ -111,9 +113,11 @@ class Walk:
         ahead, made = self.ahead, None
         try:
             made = self._carry_out(plan, step)
-        except Exception:
+        except Exception as error:
+            if not ahead.over:
+                self.screen.warn(f"{_reason(step, error)} Preprocessing goes on, so that the next run finds it done.")
             data = ahead.finish()  # what it raises is what the training suffered from
-            if not ahead.data.miscounts(data):
+            if data.rows("train") == ahead.data.rows("train"):
                 raise
         except BaseException:
             ahead.cancel()

@@ -5,7 +5,8 @@
 
 Rows stay as compact as they are stored (a picture: uint8) until their batch is made; nothing is ever done row by row.
 Everything random is a function of (seed, epoch, step), so a run that starts at epoch e sees what an undisturbed run saw.
-A training split of up to RESIDENT_BYTES is held in memory and shuffled completely. A larger one streams: files are
+A training split of up to RESIDENT_BYTES is held in memory and shuffled completely. A larger one streams, and so does the
+first epoch of a training that overlaps with preprocessing (`first_batches`): files are
 shuffled and interleaved, then blocks within a buffer, then rows within super-batches of up to SUPER_ROWS.
 
 Of several processes each gets its `Share` of every batch, and no row twice in an epoch. In memory the order is that of one
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from components.artifacts import SPLITS, Batches, PreparedData, Share
+from components.artifacts import SPLITS, Arriving, Batches, PreparedData, Share
 from components.data.augment import augment, check_augmentation
 from components.data.blocks import Layout, read_blocks
 from components.data.inputs import Columns, Inputs, parse
@@ -65,13 +66,20 @@ def make_batches(
       ContractError: A file of the manifest is absent or has another size, or manifest and transform do not agree.
     """
     check_augmentation(augmentation, data.spec)
-    opened = isinstance(data, OpenedData)
-    for split in () if opened else SPLITS:
+    for split in () if isinstance(data, OpenedData) else SPLITS:
         _check_files(data, split)
     Inputs.of(data)
 
     def whole() -> PreparedData:
         return data.whole() if isinstance(data, OpenedData) else data
+
+    def there(batch_size: int) -> int:
+        assert isinstance(data, OpenedData), "asked for while data are arriving only"
+        if data.ended():
+            return steps_per_epoch(data, batch_size)
+        at_once = _super_rows(data, Inputs.of(data).layout, batch_size)
+        rows = data.rows_there()
+        return (rows if rows == data.rows("train") else rows // at_once * at_once) // batch_size
 
     def training(batch_size: int, seed: int, first_epoch: int) -> tf.data.Dataset:
         if overlap and first_epoch == 0:
@@ -94,6 +102,7 @@ def make_batches(
         rows_of=rows_of,
         share=share,
         first_apart=overlap,
+        arriving=Arriving(batches=there, complete=data.ended) if isinstance(data, OpenedData) else None,
     )
 
 
@@ -194,13 +203,22 @@ def first_batches(
 def _first_rows(data: PreparedData, batch_size: int, seed: int) -> tf.data.Dataset:
     """(step, columns) of each batch of the first epoch."""
     layout, key = Inputs.of(data).layout, tf.constant([seed, 0], tf.int64)
-    most = min(SUPER_ROWS, SHUFFLE_BYTES // layout.row_bytes, data.rows("train") // _SUPER_BATCHES)
     signature = (tf.TensorSpec((), tf.string), tf.TensorSpec((), tf.int64))
     made = tf.data.Dataset.from_generator(lambda: records(data, seed), output_signature=signature)
     made = made.map(functools.partial(_numbered, layout), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    made = made.rebatch(max(batch_size, most)).enumerate().map(functools.partial(_permuted, _key(key, _ROWS)))
+    made = (
+        made.rebatch(_super_rows(data, layout, batch_size))
+        .enumerate()
+        .map(functools.partial(_permuted, _key(key, _ROWS)))
+    )
     made = made.rebatch(batch_size, drop_remainder=True).enumerate()
     return made.map(lambda step, columns: (tf.cast(step, tf.int32), columns))
+
+
+def _super_rows(data: PreparedData, layout: Layout, batch_size: int) -> int:
+    """Rows among which the first epoch shuffles, and for which it waits."""
+    most = min(SUPER_ROWS, SHUFFLE_BYTES // layout.row_bytes, data.rows("train") // _SUPER_BATCHES)
+    return max(batch_size, most)
 
 
 def rows_of_batch(

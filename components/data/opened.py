@@ -2,12 +2,14 @@
 
     preprocess --opening.json, then file by file--> OpenedData --records()--> the first epoch
 
-The rows of each file are known from the statistics before any file is there, and files are written and read in the same
-order, which depends on the seed alone: what is learned does not depend on who was faster.
+How many rows each file will have is known from the statistics before any file is there (less those that only writing finds to
+be malformed), and files are written and read in the same order, which depends on the seed alone: what is learned does
+not depend on who was faster.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -53,10 +55,12 @@ class OpenedData(PreparedData):
       folder: Where they will be when all are there.
       partial: Where they are until then.
       ended: Whether the preprocessing has ended; raises what ended it.
+      seed: Of the order in which files are written.
     """
 
     partial: pathlib.Path
     ended: Callable[[], bool]
+    seed: int
 
     @functools.cached_property
     def _opening(self) -> dict[str, Any]:
@@ -72,20 +76,28 @@ class OpenedData(PreparedData):
         """The serialised transform."""
         return self._opening["transform"]
 
-    def miscounts(self, made: PreparedData) -> bool:
-        """Whether `made`, which is all of it, has other rows in some split than was promised."""
-        return any(made.rows(split) != entry["rows"] for split, entry in self.manifest["splits"].items())
+    @functools.cached_property
+    def _missing(self) -> collections.deque[tuple[str, int]]:
+        """(name, rows) of the training files that were not seen yet, in the reader's order."""
+        files = in_order(self.manifest["splits"]["train"]["files"], self.seed, lambda each: number(each["name"]))
+        return collections.deque((each["name"], each["rows"]) for each in files)
+
+    def rows_there(self) -> int:
+        """Training rows that can be read without waiting."""
+        while self._missing and any((folder / self._missing[0][0]).exists() for folder in (self.partial, self.folder)):
+            self._missing.popleft()
+        return self.rows("train") - sum(rows for _, rows in self._missing)
 
     def whole(self) -> PreparedData:
         """All of it, as soon as it is there.
 
         Raises:
-          ContractError: It has other rows than the statistics promised.
+          ContractError: It has other training rows than the statistics promised.
         """
         while not self.ended():
             time.sleep(_PAUSE)
         made = PreparedData(self.folder)
-        if self.miscounts(made):
+        if made.rows("train") != self.rows("train"):
             raise ContractError(
                 f"{self.folder}: {self.rows('train')} training rows were promised, {made.rows('train')} are sound; train again without --overlap."
             )

@@ -90,7 +90,8 @@ class Part:
       moments: name -> of width 1; 'values' -> of the row's width; LABEL for regression.
       sketches: name -> serialised t-digest.
       bad: First malformed records.
-      rows: Sound ones by split; undecoded pictures count as sound.
+      rows: By split, of those that are sound as far as this pass tells: pictures are not decoded yet, and labels that the
+        training split lacks are not known yet.
     """
 
     moments: Mapping[str, Moments]

@@ -27,6 +27,7 @@ from components.training.transfer import Stages
 
 SECONDS_PER_CALL = 0.25
 """How often progress is told and a signal heard; a call's fixed cost of some 2 ms stays below 1 percent of it."""
+_PAUSE = 0.05  # seconds between two looks for data that are being written
 _GUESS = 1.2  # a model below this many times the accuracy of a guess is fed wrongly rather than bad
 _ROWS_TOLD = 8
 
@@ -68,8 +69,14 @@ class Training:
     def resume(self) -> None:
         """Takes up the newest whole checkpoint, if there is one."""
         found = checkpoint.newest(self.folder, self.trace.warn)
-        if found is None or found.facts.get("rows", dict(self.batches.rows)) != dict(self.batches.rows):
-            return  # made while rows were counted that turned out malformed: their order is another now
+        if found is None:
+            return
+        if found.facts["rows"] != self.batches.rows["train"]:
+            self.trace.warn(
+                "Rows that were counted turned out malformed, so the epoch has another order: the training starts again."
+            )
+            checkpoint.remove(self.folder)
+            return
         arrays = {name: list(values) for name, values in found.arrays.items()}
         assign(self.model.variables, arrays["model"])
         assign(self.optimizer.variables, arrays["optimizer"])
@@ -159,7 +166,7 @@ class Training:
         facts = {
             "epoch": self.epoch,
             "done": self.done,
-            "rows": dict(self.batches.rows),
+            "rows": self.batches.rows["train"],
             "sums": self.sums.tolist(),
             "seconds": self.seconds,
             "history": self.history,
@@ -177,6 +184,8 @@ class Training:
         if self.stages is not None and self.remake is not None and self.stages.enter(self.epoch):
             self.loop = self.remake()
         row = self._train_epoch(iterator, stop)
+        if self.batches.arriving is not None:
+            self.seconds += self._await(self.batches.arriving.complete, stop)
         self.loop.settle()
         row["learning_rate"] = float(self.optimizer.learning_rate)
         row["examples_per_second"] = self.steps * self.options.batch_size / self.seconds
@@ -214,6 +223,14 @@ class Training:
 
     def _train_epoch(self, iterator: Any, stop: Stop) -> dict[str, float]:
         often = in_seconds(self.options.checkpoint_every)
+        arriving, size = self.batches.arriving, self.options.batch_size
+
+        def most(done: int, count: int) -> int:
+            count = self._profiler.most(done, count)
+            if arriving is None or self.epoch:
+                return count
+            self._await(lambda: arriving.batches(size) > self.done, stop)
+            return min(count, arriving.batches(size) - self.done)
 
         def advance(updates: int) -> None:
             before = self.epoch * self.steps + self.done
@@ -229,8 +246,19 @@ class Training:
                 self._refuse_infinite_weights()
                 self.save()
 
-        self._in_calls(self.steps, stop, advance, self.done, self._profiler.most)
+        self._in_calls(self.steps, stop, advance, self.done, most)
         return Totals(self.batches.spec.task, self.sums).named()
+
+    def _await(self, there: Callable[[], bool], stop: Stop) -> float:
+        """Waits for data here rather than inside TensorFlow, where no signal is heard; returns for how long, seconds."""
+        begun = time.perf_counter()
+        while not there():
+            if stop.asked:
+                raise _Asked
+            time.sleep(_PAUSE)
+        waited = time.perf_counter() - begun
+        self.sums = self.sums + np.array([0.0, 0.0, 0.0, 0.0, waited])
+        return waited
 
     def _tell(self, totals: Totals) -> None:
         note = f"epoch {self.epoch + 1}/{self.options.epochs} loss {totals.loss:.3f} {totals.metric_name} {totals.metric:.3f}"
@@ -241,15 +269,15 @@ class Training:
     def _validate(self, stop: Stop) -> dict[str, float]:
         if not self.batches.rows.get("validation", 0):
             return {}
-        size = self.options.batch_size
-        iterator = self.loop.iterator(self.batches.ordered("validation", size))
+        data = self.batches.ordered("validation", self.options.batch_size)
+        iterator = self.loop.iterator(data)
         sums = Totals.START
 
         def evaluate(count: int) -> None:
             nonlocal sums
             sums = self.loop.evaluate(iterator, count, sums)
 
-        self._in_calls(math.ceil(self.batches.rows["validation"] / size), stop, evaluate)
+        self._in_calls(int(data.cardinality()), stop, evaluate)
         totals = Totals(self.batches.spec.task, sums)
         if not math.isfinite(totals.loss):
             raise self._diverged("validation loss")

@@ -102,6 +102,45 @@ def test_rows_that_turn_out_malformed_start_the_training_again(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_class_that_only_validation_rows_have_does_not_end_the_training(tmp_path):
+    """They count as sound until they are written, and would make one batch more."""
+    rng = np.random.default_rng(0)
+    lines = [f"{rng.normal():.6f},{'ab'[i % 2]}\n" for i in range(400)] + [f"{i}.5,rare{i}\n" for i in range(12)]
+    (tmp_path / "rows.csv").write_text("x,y\n" + "".join(lines))
+    source = {"kind": "csv", "train": [str(tmp_path / "rows.csv")], "label": "y"}
+    more = {
+        "preprocess": {"split_bytes": 1024, "max_bad_fraction": 0.2, "splits": {"validation": 0.3}},
+        "train": {"epochs": 2, "batch_size": 1, "overlap": True},
+    }
+    lines, ours, history = walked(configured(tmp_path / "one", source, **more))
+    assert any("records are malformed and were left out" in line for line in lines)
+    assert not any("starts again" in line for line in lines)
+    run(configured(tmp_path / "two", source, **more), until="preprocess")
+    _, theirs, expected = walked(configured(tmp_path / "two", source, **more))
+    assert history == expected
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_training_that_fails_says_so_at_once_and_its_data_are_prepared_all_the_same(tmp_path, rows, monkeypatch):
+    from components.data import passes
+
+    def slow(*given, written=passes.second):
+        time.sleep(0.3)
+        return written(*given)
+
+    monkeypatch.setattr(passes, "second", slow)
+    config = configured(tmp_path / "one", rows, train={"epochs": 1, "batch_size": 10_000, "overlap": True})
+    text = io.StringIO()
+    with pytest.raises(ConfigError, match=r"train\.batch_size=10000 exceeds"):
+        run(config, until="train", screen=Screen(rich.console.Console(file=text, width=400)))
+    lines = text.getvalue().splitlines()
+    told = next(place for place, line in enumerate(lines) if "Preprocessing goes on" in line)
+    assert "train.batch_size=10000 exceeds" in lines[told]
+    assert next(place for place, line in enumerate(lines) if line.startswith("  done     preprocess")) > told
+    assert make_plan(config, until="preprocess").cached(make_plan(config).steps[0])
+
+
 def test_what_ends_the_preprocessing_is_what_the_run_says(tmp_path):
     config = configured(
         tmp_path / "one",
@@ -127,7 +166,7 @@ def test_nobody_wants_a_preprocessing_whose_run_was_stopped(tmp_path):
             seen.append(1)
             time.sleep(0.01)
 
-    ahead = Ahead(work, tmp_path / "folder", tmp_path / "partial")
+    ahead = Ahead(work, tmp_path / "folder", tmp_path / "partial", 0)
     assert ahead.start()
     assert begun.is_set()
     assert not ahead.ended()

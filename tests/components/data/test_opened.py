@@ -79,7 +79,7 @@ def appearing(whole: PreparedData, folder, pause=0.02) -> OpenedData:
         done.set()
 
     threading.Thread(target=work).start()
-    return OpenedData(folder, partial, done.is_set)
+    return OpenedData(folder, partial, done.is_set, 5)
 
 
 @pytest.mark.parametrize("augmentation", [Augmentation(), Augmentation(noise=0.1)])
@@ -134,7 +134,7 @@ def test_what_ended_the_preprocessing_ends_the_reading(tmp_path):
     def ended():
         raise ContractError("the disk is full")
 
-    broken = OpenedData(tmp_path / "none", whole.folder.with_name("nothing"), ended)
+    broken = OpenedData(tmp_path / "none", whole.folder.with_name("nothing"), ended, 5)
     broken.__dict__["manifest"] = whole.manifest
     with pytest.raises(ContractError, match="the disk is full"):
         next(records(broken, 5))
@@ -157,7 +157,7 @@ def test_pictures_that_cannot_be_read_are_found_out_when_all_are_there(tmp_path)
         max_bad_fraction=0.1,
         on_pulse=lambda: foretold.append(read_json(tmp_path / "open" / OPENING)),
     )
-    data = OpenedData(made.folder, tmp_path / "gone", lambda: True)
+    data = OpenedData(made.folder, tmp_path / "gone", lambda: True, 5)
     data.__dict__["manifest"] = foretold[0]["manifest"]
     sound, told = made.rows("train"), data.rows("train")
     assert told == sound + 1

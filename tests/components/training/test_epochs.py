@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import functools
 import json
@@ -6,6 +7,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import keras
@@ -13,7 +15,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from components.errors import ModelError
+from components.artifacts import Arriving
+from components.errors import DataError, ModelError
 from components.options import ModelOptions, TrainOptions
 from components.tracing import Trace
 from components.training import epochs
@@ -90,6 +93,63 @@ def test_a_signal_that_was_ignored_stays_ignored(pictures, tmp_path, heard):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     trace = Trace(on_progress=lambda *_: os.kill(os.getpid(), signal.SIGINT))
     assert run(tmp_path, TrainOptions(epochs=1, batch_size=32), pictures, trace=trace).facts["epochs"] == 1
+
+
+# Two batches are there, four are to come; or all are, but not what validation reads.
+@pytest.mark.parametrize(("there", "saved"), [(2, 2), (6, 6)])
+def test_a_signal_is_heard_while_the_training_waits_for_data(there, saved, pictures, tmp_path, heard):
+    options = TrainOptions(epochs=2, batch_size=32)
+    waiting = dataclasses.replace(pictures, arriving=Arriving(batches=lambda size: there, complete=lambda: False))
+    seen = []
+
+    def ask(done, total, note):
+        seen.append(done)
+        if round(done * 6) == saved:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", options, waiting, trace=Trace(on_progress=ask))
+    assert time.monotonic() - begun < 60  # it would wait for ever
+    assert newest(tmp_path / "cut", pytest.fail).updates == saved
+    assert_equal_bits(run(tmp_path / "cut", options, pictures), run(tmp_path / "whole", options, pictures))
+
+
+def test_waiting_for_data_that_are_being_written_counts_as_waiting(pictures, tmp_path):
+    begun = []
+
+    def there(size):
+        begun.append(time.monotonic())
+        return 3 if time.monotonic() - begun[0] < 2.0 else 6
+
+    late = dataclasses.replace(pictures, arriving=Arriving(batches=there, complete=lambda: True))
+    facts = run(tmp_path, TrainOptions(epochs=1, batch_size=32), late).facts
+    assert 0.2 < facts["speed"]["waiting_share"] < 1
+    assert facts["seconds"] > 1.5
+
+
+def test_what_ends_the_writing_ends_the_training(pictures, tmp_path):
+    def there(size):
+        raise DataError("the source has gone")
+
+    late = dataclasses.replace(pictures, arriving=Arriving(batches=there, complete=lambda: False))
+    with pytest.raises(DataError, match="the source has gone"):
+        run(tmp_path, TrainOptions(epochs=1, batch_size=32), late)
+
+
+def test_no_checkpoint_is_taken_up_that_counted_other_rows(pictures, tmp_path, heard):
+    options = TrainOptions(epochs=2, batch_size=32)
+    with pytest.raises(KeyboardInterrupt):
+        run(
+            tmp_path / "cut", options, pictures, trace=Trace(on_progress=lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        )
+    sound = dataclasses.replace(pictures, rows=dict(pictures.rows) | {"train": pictures.rows["train"] - 1})
+    said = []
+    again = run(tmp_path / "cut", options, sound, trace=Trace(on_warning=said.append))
+    assert said == [
+        "Rows that were counted turned out malformed, so the epoch has another order: the training starts again."
+    ]
+    assert_equal_bits(again, run(tmp_path / "whole", options, sound))
 
 
 @pytest.mark.slow  # starts twenty processes
