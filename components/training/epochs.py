@@ -25,8 +25,8 @@ from components.training.loop import Loop, Totals
 from components.training.stop import Stop
 from components.training.transfer import Stages
 
-SECONDS_PER_CALL = 0.25
-"""How often progress is told and a signal heard; a call's fixed cost of some 2 ms stays below 1 percent of it."""
+SECONDS_PER_CALL = 1.0
+"""How often progress is told and a signal heard; a call's fixed cost of 2 to 5 ms stays below 1 percent of it."""
 _PAUSE = 0.05  # seconds between two looks for data that are being written
 _GUESS = 1.2  # a model below this many times the accuracy of a guess is fed wrongly rather than bad
 _ROWS_TOLD = 8
