@@ -6,14 +6,16 @@
 
 Pictures are 32 x 32 x 3, random, batch 128; the table comes in fit's default batches of 32; Adam. trimline reads them from disk, through its own preprocessing and its
 whole training stage: updates and a checkpoint an epoch count. `fit` has float32 arrays in memory and compiles as
-`compile` does by default. Every figure comes from a process of its own, the ways take turns, the first epoch of each is
-not counted, and a ratio is that of the medians over the rounds; that of processor time holds on a busy machine too.
+`compile` does by default. Each way is a process of its own that stands still while another one trains; they take turns
+epoch by epoch, the first epoch of each is not counted, and a ratio is the median of those of epochs side by side: a shared
+machine is now faster, now slower, for seconds at a time.
 
 Bars: resnet8 2.0x of fit (2.2x by processor time), mobilenet 1.5x, mlp 3x, resnet8 1.0x of PyTorch at its best setting
 (channels last, bfloat16, torch.compile).
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -31,6 +33,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 OUT = HERE / "out"
 BARS = {("resnet8", "fit"): (2.0, 2.2), ("mobilenet", "fit"): (1.5, None), ("mlp", "fit"): (3.0, None)}
 BARS[("resnet8", "torch")] = (1.0, None)
+MARK = "turn "
 
 
 def main() -> None:
@@ -40,15 +43,14 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=6400, help="pictures of an epoch")
     parser.add_argument("--batch", type=int, help="default: 128, for mlp 32, which is that of fit")
-    parser.add_argument("--epochs", type=int, default=4, help="per process; the first is not counted")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=12, help="of each way; one more comes before and is not counted")
     parser.add_argument("--torch", help="a Python interpreter that has torch")
     parser.add_argument("--way", choices=("fit", "trimline"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
     given = options.batch
     if options.way:
-        print(json.dumps({"fit": by_hand, "trimline": through_trimline}[options.way](options)))
+        {"fit": by_hand, "trimline": through_trimline}[options.way](options)
         return
     results = {}
     for model in options.models:
@@ -63,45 +65,92 @@ def main() -> None:
 def compare(model: str, options: argparse.Namespace, folder: str) -> dict[str, Any]:
     prepare(model, options.rows, pathlib.Path(folder))
     ways = ["fit", "trimline"] + (["torch"] if options.torch and model == "resnet8" else [])
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
-    for _ in range(options.rounds):
-        for way in ways:
-            found[way].append(measure(way, model, options, folder))
-    middle = {
-        way: {key: statistics.median(each[key] for each in all_) for key in ("wall", "processor")}
-        for way, all_ in found.items()
-    }
-    for way, each in middle.items():
-        print(
-            f"{model:9} {way:8} {1e6 / each['wall']:8.0f} examples/s   {each['processor']:7.1f} us of processor an example"
-        )
-    print(f"{'':9} trimline's precision: {', '.join(each['precision'] for each in found['trimline'])}; the last said:")
-    for line in found["trimline"][-1]["told"]:
+    with contextlib.ExitStack() as stack:
+        runners = {way: stack.enter_context(Runner(way, model, options, folder)) for way in ways}
+        found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+        for epoch in range(options.epochs):
+            for way in ways if epoch % 2 else reversed(ways):
+                found[way].append(runners[way].epoch())
+        told = runners["trimline"].told
+    for way, epochs in found.items():
+        wall, processor = (statistics.median(each[key] for each in epochs) for key in ("wall", "processor"))
+        print(f"{model:9} {way:8} {1e6 / wall:8.0f} examples/s   {processor:7.1f} us of processor an example")
+    print(f"{'':9} trimline said:")
+    for line in told:
         print(f"{'':11}{line}")
+    ratios = {}
     for way in ways:
         if way == "trimline":
             continue
-        wall, processor = (middle[way][key] / middle["trimline"][key] for key in ("wall", "processor"))
+        pairs = [
+            [theirs[key] / ours[key] for key in ("wall", "processor")]
+            for theirs, ours in zip(found[way], found["trimline"], strict=True)
+        ]
+        wall, processor = (statistics.median(column) for column in zip(*pairs, strict=True))
+        low, *_, high = sorted(pair[0] for pair in pairs)
         bar, bar_processor = BARS[(model, way)]
         verdict = "reached" if wall >= bar and processor >= (bar_processor or 0) else "MISSED"
         more = f", {bar_processor} by processor time" if bar_processor else ""
         print(
-            f"{model:9} {wall:.2f}x of {way}, {processor:.2f}x by processor time (bar {bar}{more}: {verdict})",
+            f"{model:9} {wall:.2f}x of {way} (pairs {low:.2f}x to {high:.2f}x), {processor:.2f}x by processor time (bar {bar}{more}: {verdict})",
             flush=True,
         )
-    return {"us_per_example": middle, "all": found}
+        ratios[way] = {"wall": wall, "processor": processor}
+    return {"ratios": ratios, "told": told, "us_per_example": found}
 
 
-def measure(way: str, model: str, options: argparse.Namespace, folder: str) -> dict[str, Any]:
-    if way == "torch":
-        updates = options.rows // options.batch * (options.epochs - 1)
-        command = [options.torch, str(HERE / "torch_resnet8.py"), f"--batch={options.batch}", f"--updates={updates}"]
-        said = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        return {"wall": said["seconds"] / options.batch * 1e6, "processor": said["processor"] / options.batch * 1e6}
-    command = [sys.executable, __file__, "--way", way, "--folder", folder, "--models", model]
-    command += [f"--batch={options.batch}", f"--epochs={options.epochs}"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+class Runner(contextlib.AbstractContextManager["Runner"]):
+    """One way in a process of its own: the first epoch done, it makes another when asked.
+
+    It says what it was told, a JSON list, and after each epoch {"wall", "processor": microseconds an example}.
+    """
+
+    def __init__(self, way: str, model: str, options: argparse.Namespace, folder: str) -> None:
+        if way == "torch":
+            command = [options.torch, str(HERE / "torch_resnet8.py"), f"--updates={options.rows // options.batch}"]
+        else:
+            command = [sys.executable, __file__, "--way", way, "--folder", folder, "--models", model]
+        command += [f"--batch={options.batch}", f"--epochs={options.epochs}"]
+        self._command = command
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.told: list[str] = self._heard()
+
+    def epoch(self) -> dict[str, float]:
+        """Asks for one more."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self._heard()
+
+    def _heard(self) -> Any:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(MARK):
+                return json.loads(line.removeprefix(MARK))
+        sys.exit(f"train_speed: a process ended early: {' '.join(self._command)}")
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+class Turns:
+    """The side of the one who trains: to be called at the end of each epoch; returns when the next is asked for."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._since: tuple[float, float] | None = None
+
+    def __call__(self, told: list[str]) -> None:
+        """`told` is said once."""
+        if self._since is None:
+            said: Any = told
+        else:
+            took = (now - then for now, then in zip(clocks(), self._since, strict=True))
+            said = dict(zip(("wall", "processor"), (1e6 * each / self._rows for each in took), strict=True))
+        print(MARK + json.dumps(said), flush=True)
+        sys.stdin.readline()
+        self._since = clocks()
 
 
 def prepare(model: str, rows: int, folder: pathlib.Path) -> None:
@@ -131,14 +180,7 @@ def clocks() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-def per_example(ends: list[tuple[float, float]], rows: int) -> dict[str, Any]:
-    """Microseconds by the clocks at the ends of epochs, the first of which is left out."""
-    epochs = [tuple(b - a for a, b in zip(*pair, strict=True)) for pair in zip(ends, ends[1:], strict=False)]
-    wall, processor = (statistics.median(each[place] for each in epochs) / rows * 1e6 for place in (0, 1))
-    return {"wall": wall, "processor": processor}
-
-
-def through_trimline(options: argparse.Namespace) -> dict[str, Any]:
+def through_trimline(options: argparse.Namespace) -> None:
     import tensorflow as tf
 
     from components.artifacts import PreparedData
@@ -152,10 +194,11 @@ def through_trimline(options: argparse.Namespace) -> dict[str, Any]:
     precision.WORTH_MEASURING = 0  # a training that lasts measures; these are cut short
     data = PreparedData(pathlib.Path(options.folder) / "data")
     model = ModelOptions(name=options.models[0])
-    ends, told = [], []
+    told: list[str] = []
+    turns = Turns(data.rows("train") // options.batch * options.batch)
     with tempfile.TemporaryDirectory() as folder:
-        made = train(
-            TrainOptions(epochs=options.epochs, batch_size=options.batch),
+        train(
+            TrainOptions(epochs=options.epochs + 2, batch_size=options.batch),
             lambda: build(model, data.spec, seed=0),
             model,
             make_batches(data, augmentation=Augmentation()),
@@ -163,15 +206,13 @@ def through_trimline(options: argparse.Namespace) -> dict[str, Any]:
             strategy=tf.distribute.get_strategy(),
             seed=0,
             trace=Trace(
-                on_progress=lambda done, total, note: ends.append(clocks()) if done == int(done) else None,
+                on_progress=lambda done, total, note: turns(told) if done == int(done) else None,
                 on_telling=told.append,
             ),
         )
-        rows = data.rows("train") // options.batch * options.batch
-        return {**per_example(ends, rows), "precision": made.facts["precision"], "told": told}
 
 
-def by_hand(options: argparse.Namespace) -> dict[str, Any]:
+def by_hand(options: argparse.Namespace) -> None:
     import keras
 
     from components.artifacts import PreparedData
@@ -184,20 +225,19 @@ def by_hand(options: argparse.Namespace) -> dict[str, Any]:
     model = build(ModelOptions(name=options.models[0]), data.spec, seed=0)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile("adam", loss, metrics=["accuracy"])
-    ends: list[tuple[float, float]] = []
-    told = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: ends.append(clocks()))
+    turns = Turns(len(x))
+    ended = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: turns([]))
     held_out = read(data, "validation") if data.rows("validation") else None
     model.fit(
         x,
         y,
         batch_size=options.batch,
-        epochs=options.epochs,
+        epochs=options.epochs + 2,
         validation_data=held_out,
         validation_batch_size=options.batch,
-        callbacks=[told],
+        callbacks=[ended],
         verbose=0,
     )
-    return per_example(ends, len(x))
 
 
 if __name__ == "__main__":
