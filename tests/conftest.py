@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, when TensorFlow
 
 import hypothesis
 import pytest
+
+# A shell's background job ignores Ctrl-C, and so would the processes that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A busy machine makes any single example slow; the same examples every time keep a failure where it was.
 hypothesis.settings.register_profile("trimline", deadline=None, derandomize=True)
