@@ -25,8 +25,8 @@ from components.training.loop import Loop, Totals
 from components.training.stop import Stop
 from components.training.transfer import Stages
 
-SECONDS_PER_CALL = 1.0
-"""How often progress is told and a signal heard; a call's fixed cost of 2 to 5 ms stays below 1 percent of it."""
+# How often progress is told and a signal heard; a call's fixed cost of 2 to 5 ms stays below 1 percent of it.
+_SECONDS_PER_CALL = 1.0
 _PAUSE = 0.05  # seconds between two looks for data that are being written
 _GUESS = 1.2  # a model below this many times the accuracy of a guess is fed wrongly rather than bad
 _ROWS_TOLD = 8
@@ -204,7 +204,7 @@ class Training:
         done: int = 0,
         most: Callable[[int, int], int] = lambda done, count: count,
     ) -> None:
-        """Does `total` things in calls of about SECONDS_PER_CALL; `call` is told how many to do next.
+        """Does `total` things in calls of about _SECONDS_PER_CALL; `call` is told how many to do next.
 
         `most` may lower that number; it is asked with what is done since the training began.
         """
@@ -219,7 +219,7 @@ class Training:
             self.seconds += taken
             if self.loop.agreed(float(stop.asked)):
                 raise _Asked
-            count = max(1, int(count * SECONDS_PER_CALL / taken))
+            count = max(1, int(count * _SECONDS_PER_CALL / taken))
 
     def _train_epoch(self, iterator: Any, stop: Stop) -> dict[str, float]:
         often = in_seconds(self.options.checkpoint_every)

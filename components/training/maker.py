@@ -14,12 +14,14 @@ import tensorflow as tf
 from components.artifacts import Batches
 from components.distillation import Lesson
 from components.options import TrainOptions
-from components.training.epochs import SECONDS_PER_CALL, assign
+from components.training.epochs import assign
 from components.training.loop import Loop, Totals, make_loss
 from components.training.optimizer import Schedule, make_optimizer
 from components.training.precision import FLOAT16, computed_in, kind_of
 from components.training.privacy import Privacy, noise_key
 from components.training.split import beside_their_weights
+
+_SECONDS_TIMED = 0.25  # of updates, each time that a precision is tried
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +119,7 @@ class Maker:
             started = clock()
             loop.advance(iterator, count, Totals.START)
             each = loop.agreed(clock() - started) / count
-            count = max(1, int(SECONDS_PER_CALL / each))
+            count = max(1, int(_SECONDS_TIMED / each))
             assign(self.model.variables, before)
             return each
 
