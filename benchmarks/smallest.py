@@ -2,13 +2,14 @@
 
     TRIMLINE_DATA=FOLDER .venv/bin/python benchmarks/smallest.py below_10k below_100k quarter --seeds 0 1 2
 
-- `below_10k`: int8 of fewer than 10,000 parameters, with or without training for it; bar 0.910 (published: 0.90 with 7,659 parameters, SCS,
-  e2eml.school/leaderboard.html).
+- `below_10k`: int8 of fewer than 10,000 parameters, with or without training for it; bar 0.910 (published: 0.90 with 7,659
+  parameters, SCS, e2eml.school/leaderboard.html).
 - `below_100k`: the same, of fewer than 100,000 parameters; bar 0.930 (published: 0.925, github.com/zalandoresearch/fashion-mnist).
 - `quarter`: the smallest file of ResNet-8 within 0.01 of its float32, on the test split; bar 0.25x the gzip bytes of the best
   post-training int8 of the TFLite converter, on the same base model.
 
-Each bar is for the mean over the seeds. Settings were chosen on validation rows of seed 100. All that is trained is cached in
+Each bar is for the mean over the seeds. Settings were chosen on validation rows of seed 100, but for `qat` in the first two:
+it came in after the int8 file of seed 0 was seen to lose 1.9 points on validation rows, and was not tuned. All that is trained is cached in
 the workspace, so a run that was stopped goes on.
 """
 
@@ -61,7 +62,8 @@ BARS = {"below_10k": (10_000, 0.91), "below_100k": (100_000, 0.93)}
 
 def accuracy(variants: Mapping[str, Any]) -> dict[str, float]:
     """Of the int8 file that answers best on validation rows, on the test split."""
-    file = max((variants[recipe] for recipe in ("int8", "qat")), key=lambda each: each["validation_metric"])
+    made = [variants[recipe] for recipe in ("int8", "qat") if variants[recipe]["status"] == "ok"]
+    file = max(made, key=lambda each: each["validation_metric"])
     return {"accuracy": file["metric"], "parameters": file["parameters"], "gzip bytes": file["gzip_bytes"]}
 
 

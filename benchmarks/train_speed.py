@@ -4,9 +4,9 @@
     .venv/bin/python benchmarks/train_speed.py --models mlp          # the Adult table; TRIMLINE_DATA names its folder
     .venv/bin/python benchmarks/train_speed.py --models resnet8 --torch PYTHON     # PYTHON has torch 2.13
 
-Pictures are 32 x 32 x 3, random, batch 128; the table comes in fit's default batches of 32; Adam. trimline reads them from disk, through its own preprocessing and its
-whole training stage: updates and a checkpoint an epoch count. `fit` has float32 arrays in memory and compiles as
-`compile` does by default. Each way is a process of its own that stands still while another one trains; they take turns
+Pictures are 32 x 32 x 3, random, batch 128; the table comes in fit's default batches of 32; Adam. trimline reads them from
+disk, through its own preprocessing and its whole training stage: updates and a checkpoint an epoch count. `fit` has float32
+arrays in memory and compiles as `compile` does by default. Each way is a process of its own that stands still while another one trains; they take turns
 epoch by epoch, the first epoch of each is not counted, and a ratio is the median of those of epochs side by side: a shared
 machine is now faster, now slower, for seconds at a time.
 
@@ -33,7 +33,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 OUT = HERE / "out"
 BARS = {("resnet8", "fit"): (2.0, 2.2), ("mobilenet", "fit"): (1.5, None), ("mlp", "fit"): (3.0, None)}
 BARS[("resnet8", "torch")] = (1.0, None)
-MARK = "turn "
+MARK = "turn "  # what a way says, among all that its libraries print; torch_resnet8.py has it, too
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from components.training.privacy import Privacy, noise_key
 from components.training.split import beside_their_weights
 
 _SECONDS_TIMED = 0.25  # of updates, each time that a precision is tried
+_PAUSE = 0.05  # seconds between two looks for data that are being written
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ class Maker:
         arriving = self.batches.arriving
         clock = time.process_time if self.kind == "CPU" and arriving is None else time.perf_counter
         while arriving is not None and not arriving.batches(self.options.batch_size):
-            time.sleep(0.05)
+            time.sleep(_PAUSE)
         batch = self.batches.training(self.options.batch_size, self.seed, 0).take(1).cache().repeat()
         before = [variable.numpy() for variable in self.model.variables]
         with computed_in(self.model, precision, self.kind):

@@ -85,9 +85,12 @@ def test_both_go_on_at_once_and_what_is_learned_is_the_same(tmp_path, rows):
     assert [line.split()[0] for line in lines] == ["cached", "cached"]
 
 
-def test_rows_that_turn_out_malformed_start_the_training_again(tmp_path):
+# Without validation rows nothing after the only epoch reads the data again.
+@pytest.mark.parametrize("validation", [0.1, 0])
+def test_rows_that_turn_out_malformed_start_the_training_again(validation, tmp_path):
     source = pictures(tmp_path / "pictures")
     more = {
+        "preprocess": {"split_bytes": 1024, "max_bad_fraction": 0.2, "splits": {"validation": validation}},
         "model": {"name": "cnn", "options": {"filters": [4]}},
         "train": {"epochs": 1, "batch_size": 8, "overlap": True},
     }
