@@ -40,7 +40,7 @@ docs: .venv/installed  ## write docs/configuration.md from the options
 	$(PY) -m pipeline.reference > docs/configuration.md
 
 bench: .venv/installed  ## the short benchmarks; each prints ours / theirs and writes benchmarks/out/*.json
-	@for script in $(filter-out $(addprefix benchmarks/,collaborative.py gpu_step.py journeys.py multi_worker.py overlap.py smallest.py sparse_dense.py twin_applications.py),$(wildcard benchmarks/*.py)); do \
+	@for script in $(filter-out $(addprefix benchmarks/,collaborative.py gpu_step.py journeys.py multi_worker.py overlap.py smallest.py sparse_dense.py torch_resnet8.py turns.py twin_applications.py),$(wildcard benchmarks/*.py)); do \
 	  echo "$$script"; $(PY) "$$script" || exit 1; \
 	done
 

@@ -3,26 +3,28 @@
     .venv/bin/python benchmarks/gpu_step.py                                   # on a machine with a GPU
     .venv/bin/python benchmarks/gpu_step.py --device cpu --side 64 --rows 64 --batch 8 --epochs 2      # that it runs at all
 
-`fit` is set as the guides of Keras and TensorFlow say for speed: `mixed_bfloat16`, `jit_compile=True`, 32 steps per execution, tf.data with
-prefetch (keras.io/api/mixed_precision, tensorflow.org/xla). trimline runs its training stage with its defaults, from its own files on disk,
-a checkpoint an epoch counted. Pictures are random, 224 x 224 x 3 as stored; models have random weights. Every figure comes from a process of
-its own, the ways take turns, the first epoch of each is not counted; medians over the rounds.
+`fit` is set as the guides of Keras and TensorFlow say for speed: `mixed_bfloat16`, `jit_compile=True`, many steps per execution
+(keras.io/api/mixed_precision, tensorflow.org/xla); its batches lie ready in memory as float32, in one order. trimline runs its training
+stage with its defaults, from its own files on disk, shuffled, a checkpoint an epoch counted. Pictures are random, 224 x 224 x 3 as
+stored; models have random weights. Ways take turns epoch by epoch, see turns.py; the first epoch of each is not counted.
 
-No bar: there was no GPU where this was written, and it has been run on a CPU only.
+No bar.
 """
 
 import argparse
 import json
+import logging
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from typing import Any
 
+from turns import Turns, ratios, take_turns
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # two processes share it
 
 OUT = pathlib.Path(__file__).resolve().parent / "out"
 WAYS = ("fit", "trimline")
@@ -36,43 +38,36 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--rows", type=int, default=6400)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--epochs", type=int, default=4, help="per process; the first is not counted")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=8, help="of each way; one more comes before and is not counted")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     if options.way:
-        print(json.dumps({"fit": by_hand, "trimline": through_trimline}[options.way](options)))
+        {"fit": by_hand, "trimline": through_trimline}[options.way](options)
         return
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    report = {}
     with tempfile.TemporaryDirectory() as folder:
         prepare(options, pathlib.Path(folder))
         for model in options.models:
-            found[model] = {way: [] for way in WAYS}
-            for _ in range(options.rounds):
-                for way in WAYS:
-                    found[model][way].append(measured(way, model, folder))
-            report(model, found[model])
+            report[model] = compare(model, options, folder)
     OUT.mkdir(exist_ok=True)
-    (OUT / "gpu_step.json").write_text(json.dumps({"options": vars(options), "found": found}, indent=1) + "\n")
+    (OUT / "gpu_step.json").write_text(json.dumps({"options": vars(options), "found": report}, indent=1) + "\n")
 
 
-def measured(way: str, model: str, folder: str) -> dict[str, Any]:
+def compare(model: str, options: argparse.Namespace, folder: str) -> dict[str, Any]:
     # A later option counts, so the rest is as it was given.
-    command = [sys.executable, *sys.argv, "--way", way, "--folder", folder, "--models", model]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def report(model: str, found: dict[str, list[dict[str, Any]]]) -> None:
-    speed = {way: statistics.median(each["examples_per_second"] for each in all_) for way, all_ in found.items()}
-    for way, value in speed.items():
-        print(f"{model:12} {way:9} {value:9.1f} examples/s on {found[way][0]['device']}")
-    print(f"{model:12} {speed['trimline'] / speed['fit']:.2f}x of fit at its best setting; trimline said:")
-    for line in found["trimline"][-1]["told"]:
+    given = [sys.executable, *sys.argv, "--folder", folder, "--models", model, "--way"]
+    found, told = take_turns({way: [*given, way] for way in WAYS}, options.epochs)
+    for way, epochs in found.items():
+        speed = 1e6 / statistics.median(each["wall"] for each in epochs)
+        print(f"{model:12} {way:9} {speed:9.1f} examples/s on {told[way][0]}")
+    middle, low, high = ratios(found["fit"], found["trimline"])
+    print(f"{model:12} {middle:.2f}x of fit at its best setting (pairs {low:.2f}x to {high:.2f}x); trimline said:")
+    for line in told["trimline"][1:]:
         print(f"{'':13}{line}", flush=True)
+    return {"ratio": middle, "told": told, "us_per_example": found}
 
 
 def prepare(options: argparse.Namespace, folder: pathlib.Path) -> None:
@@ -82,6 +77,7 @@ def prepare(options: argparse.Namespace, folder: pathlib.Path) -> None:
     from components.options import ArraysSource, PreprocessOptions
     from components.tracing import Trace
 
+    logging.getLogger("apache_beam").setLevel(logging.ERROR)
     (folder / "data").mkdir()
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (options.rows, options.side, options.side, 3), dtype=np.uint8)
@@ -107,7 +103,7 @@ def model_of(name: str, spec: Any) -> Any:
     )
 
 
-def through_trimline(options: argparse.Namespace) -> dict[str, Any]:
+def through_trimline(options: argparse.Namespace) -> None:
     import tensorflow as tf
 
     from components.artifacts import PreparedData
@@ -117,11 +113,10 @@ def through_trimline(options: argparse.Namespace) -> dict[str, Any]:
     from components.training.train import train
 
     data = PreparedData(pathlib.Path(options.folder) / "data")
-    ends: list[float] = []
-    told: list[str] = []
+    turns, told = Turns(data.rows("train") // options.batch * options.batch), [device()]
     with tempfile.TemporaryDirectory() as folder:
         train(
-            TrainOptions(epochs=options.epochs, batch_size=options.batch),
+            TrainOptions(epochs=options.epochs + 2, batch_size=options.batch),
             lambda: model_of(options.models[0], data.spec),
             ModelOptions(builder="a:b", outputs="logits"),
             make_batches(data, augmentation=Augmentation()),
@@ -129,14 +124,13 @@ def through_trimline(options: argparse.Namespace) -> dict[str, Any]:
             strategy=tf.distribute.get_strategy(),
             seed=0,
             trace=Trace(
-                on_progress=lambda done, *_: ends.append(time.perf_counter()) if done == int(done) else None,
+                on_progress=lambda done, *_: turns(told) if done == int(done) else None,
                 on_telling=told.append,
             ),
         )
-    return {**speed(ends, data.rows("train") // options.batch * options.batch), "told": told}
 
 
-def by_hand(options: argparse.Namespace) -> dict[str, Any]:
+def by_hand(options: argparse.Namespace) -> None:
     import keras
     import tensorflow as tf
 
@@ -146,30 +140,32 @@ def by_hand(options: argparse.Namespace) -> dict[str, Any]:
     data = PreparedData(pathlib.Path(options.folder) / "data")
     keras.mixed_precision.set_global_policy("mixed_bfloat16")
     model = model_of(options.models[0], data.spec)
+    steps = data.rows("train") // options.batch
     model.compile(
         "adam",
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
         jit_compile=True,
-        steps_per_execution=min(32, options.rows // options.batch),
+        steps_per_execution=min(32, steps),
     )
+    x, y = (each[: steps * options.batch] for each in read(data, "train"))
     with tf.device("CPU:0"):
-        rows = tf.data.Dataset.from_tensor_slices(read(data, "train")).shuffle(2048, seed=0)
-    batches = rows.batch(options.batch, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
-    ends: list[float] = []
-    told = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: ends.append(time.perf_counter()))
-    model.fit(batches, epochs=options.epochs, callbacks=[told], shuffle=False, verbose=0)
-    return speed(ends, data.rows("train") // options.batch * options.batch)
+        batches = tf.data.Dataset.from_tensor_slices(
+            (x.reshape(steps, options.batch, *x.shape[1:]), y.reshape(steps, options.batch))
+        )
+    turns = Turns(len(x))
+    ended = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: turns([device()]))
+    model.fit(
+        batches.prefetch(tf.data.AUTOTUNE), epochs=options.epochs + 2, callbacks=[ended], shuffle=False, verbose=0
+    )
 
 
-def speed(ends: list[float], rows: int) -> dict[str, Any]:
-    """Of the epochs but the first, by the times at which they ended."""
+def device() -> str:
+    """What computes."""
     import tensorflow as tf
 
-    each = [rows / (after - before) for before, after in zip(ends, ends[1:], strict=False)]
     gpus = tf.config.list_physical_devices("GPU")
-    name = tf.config.experimental.get_device_details(gpus[0]).get("device_name", "a GPU") if gpus else "CPU"
-    return {"examples_per_second": statistics.median(each), "device": name}
+    return str(tf.config.experimental.get_device_details(gpus[0]).get("device_name", "a GPU")) if gpus else "CPU"
 
 
 if __name__ == "__main__":

@@ -15,17 +15,16 @@ Bars: resnet8 2.0x of fit (2.2x by processor time), mobilenet 1.5x, mlp 3x, resn
 """
 
 import argparse
-import contextlib
 import json
 import logging
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from typing import Any
+
+from turns import Turns, ratios, take_turns
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -33,7 +32,6 @@ HERE = pathlib.Path(__file__).resolve().parent
 OUT = HERE / "out"
 BARS = {("resnet8", "fit"): (2.0, 2.2), ("mobilenet", "fit"): (1.5, None), ("mlp", "fit"): (3.0, None)}
 BARS[("resnet8", "torch")] = (1.0, None)
-MARK = "turn "  # what a way says, among all that its libraries print; torch_resnet8.py has it, too
 
 
 def main() -> None:
@@ -64,30 +62,23 @@ def main() -> None:
 
 def compare(model: str, options: argparse.Namespace, folder: str) -> dict[str, Any]:
     prepare(model, options.rows, pathlib.Path(folder))
-    ways = ["fit", "trimline"] + (["torch"] if options.torch and model == "resnet8" else [])
-    with contextlib.ExitStack() as stack:
-        runners = {way: stack.enter_context(Runner(way, model, options, folder)) for way in ways}
-        found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
-        for epoch in range(options.epochs):
-            for way in ways if epoch % 2 else reversed(ways):
-                found[way].append(runners[way].epoch())
-        told = runners["trimline"].told
+    own = [f"--batch={options.batch}", f"--epochs={options.epochs}"]
+    given = ["--folder", folder, "--models", model, *own]
+    commands = {way: [sys.executable, __file__, "--way", way, *given] for way in ("fit", "trimline")}
+    if options.torch and model == "resnet8":
+        updates = f"--updates={options.rows // options.batch}"
+        commands["torch"] = [options.torch, str(HERE / "torch_resnet8.py"), updates, *own]
+    found, told = take_turns(commands, options.epochs)
     for way, epochs in found.items():
         wall, processor = (statistics.median(each[key] for each in epochs) for key in ("wall", "processor"))
         print(f"{model:9} {way:8} {1e6 / wall:8.0f} examples/s   {processor:7.1f} us of processor an example")
     print(f"{'':9} trimline said:")
-    for line in told:
+    for line in told["trimline"]:
         print(f"{'':11}{line}")
-    ratios = {}
-    for way in ways:
-        if way == "trimline":
-            continue
-        pairs = [
-            [theirs[key] / ours[key] for key in ("wall", "processor")]
-            for theirs, ours in zip(found[way], found["trimline"], strict=True)
-        ]
-        wall, processor = (statistics.median(column) for column in zip(*pairs, strict=True))
-        low, *_, high = sorted(pair[0] for pair in pairs)
+    all_ = {}
+    for way in [each for each in commands if each != "trimline"]:
+        wall, low, high = ratios(found[way], found["trimline"])
+        processor, *_ = ratios(found[way], found["trimline"], "processor")
         bar, bar_processor = BARS[(model, way)]
         verdict = "reached" if wall >= bar and processor >= (bar_processor or 0) else "MISSED"
         more = f", {bar_processor} by processor time" if bar_processor else ""
@@ -95,62 +86,8 @@ def compare(model: str, options: argparse.Namespace, folder: str) -> dict[str, A
             f"{model:9} {wall:.2f}x of {way} (pairs {low:.2f}x to {high:.2f}x), {processor:.2f}x by processor time (bar {bar}{more}: {verdict})",
             flush=True,
         )
-        ratios[way] = {"wall": wall, "processor": processor}
-    return {"ratios": ratios, "told": told, "us_per_example": found}
-
-
-class Runner(contextlib.AbstractContextManager["Runner"]):
-    """One way in a process of its own: the first epoch done, it makes another when asked.
-
-    It says what it was told, a JSON list, and after each epoch {"wall", "processor": microseconds an example}.
-    """
-
-    def __init__(self, way: str, model: str, options: argparse.Namespace, folder: str) -> None:
-        if way == "torch":
-            command = [options.torch, str(HERE / "torch_resnet8.py"), f"--updates={options.rows // options.batch}"]
-        else:
-            command = [sys.executable, __file__, "--way", way, "--folder", folder, "--models", model]
-        command += [f"--batch={options.batch}", f"--epochs={options.epochs}"]
-        self._command = command
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.told: list[str] = self._heard()
-
-    def epoch(self) -> dict[str, float]:
-        """Asks for one more."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        return self._heard()
-
-    def _heard(self) -> Any:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith(MARK):
-                return json.loads(line.removeprefix(MARK))
-        sys.exit(f"train_speed: a process ended early: {' '.join(self._command)}")
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-class Turns:
-    """The side of the one who trains: to be called at the end of each epoch; returns when the next is asked for."""
-
-    def __init__(self, rows: int) -> None:
-        self._rows = rows
-        self._since: tuple[float, float] | None = None
-
-    def __call__(self, told: list[str]) -> None:
-        """`told` is said once."""
-        if self._since is None:
-            said: Any = told
-        else:
-            took = (now - then for now, then in zip(clocks(), self._since, strict=True))
-            said = dict(zip(("wall", "processor"), (1e6 * each / self._rows for each in took), strict=True))
-        print(MARK + json.dumps(said), flush=True)
-        sys.stdin.readline()
-        self._since = clocks()
+        all_[way] = {"wall": wall, "processor": processor}
+    return {"ratios": all_, "told": told["trimline"], "us_per_example": found}
 
 
 def prepare(model: str, rows: int, folder: pathlib.Path) -> None:
@@ -173,11 +110,6 @@ def prepare(model: str, rows: int, folder: pathlib.Path) -> None:
         options = PreprocessOptions.model_validate({"splits": {"test": 0, "validation": 0, "calibration": 0}})
         source = ArraysSource(kind="arrays", train=str(folder / "source.npz"))
     preprocess(source, options, folder / "data", task="classification", seed=0, trace=Trace())
-
-
-def clocks() -> tuple[float, float]:
-    """Wall and processor time, seconds."""
-    return time.perf_counter(), time.process_time()
 
 
 def through_trimline(options: argparse.Namespace) -> None:

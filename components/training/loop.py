@@ -97,7 +97,7 @@ class Loop:
       accumulate: Parts into which each replica cuts its share of a batch, one after the other, so that only a part's
         activations are held at a time; their gradients are averaged before the one update. Batch normalization sees a
         part at a time.
-      xla: Compile the update with XLA.
+      xla: Compile the update with XLA, or, where there are several replicas, the gradients of each one.
       privacy: Shortens the gradient of each example and adds noise; penalties on weights, which no example has a part
         in, are left out of both.
       home: Where what belongs to no layer is computed, if the layers of `model` are placed on several devices; not with
@@ -126,7 +126,11 @@ class Loop:
         self._accumulate = accumulate
         self._privacy = privacy
         self._home = home
-        self._update = tf.function(self._train_step, jit_compile=True) if xla else self._train_step
+        self._update, self._found = self._train_step, self._of_this_replica
+        if xla and strategy.num_replicas_in_sync == 1:
+            self._update = tf.function(self._train_step, jit_compile=True)
+        elif xla:  # an XLA program knows one device: where replicas meet is outside of it
+            self._found = tf.function(self._of_this_replica, jit_compile=True)
         self._statistics = Statistics(strategy, model.non_trainable_variables)
         self._advance = tf.function(self._advance_steps, jit_compile=False)
         self._evaluate = tf.function(self._evaluate_batches, jit_compile=False)
@@ -183,10 +187,7 @@ class Loop:
 
     @tf.autograph.experimental.do_not_convert
     def _train_step(self, x: Tensor, y: Tensor) -> Tensor:
-        if self._accumulate == 1:
-            gradients, sums = self._share(x, y)
-        else:
-            gradients, sums = self._averaged(x, y) if self._home is None else self._averaged_in_place(x, y)
+        gradients, sums = self._found(x, y)
         if self._privacy is not None:
             replica = tf.distribute.get_replica_context().replica_id_in_sync_group
             gradients = self._privacy.noised(gradients, self._optimizer.iterations, replica)
@@ -196,6 +197,12 @@ class Loop:
 
     def _in_place(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self._home is None else beside_their_inputs()
+
+    @tf.autograph.experimental.do_not_convert
+    def _of_this_replica(self, x: Tensor, y: Tensor) -> tuple[list[Tensor | None], Tensor]:
+        if self._accumulate == 1:
+            return self._share(x, y)
+        return self._averaged(x, y) if self._home is None else self._averaged_in_place(x, y)
 
     def _share(self, x: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor]:
         return self._gradients(x, y) if self._privacy is None else self._private(self._privacy, x, y)

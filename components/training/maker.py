@@ -91,10 +91,16 @@ class Maker:
             self.strategy,
             self.lesson,
             accumulate=options.accumulate,
-            xla=self.kind != "CPU" and self.home is None if options.xla == "auto" else options.xla,
+            xla=self._xla,
             privacy=privacy,
             home=self.home,
         )
+
+    @property
+    def _xla(self) -> bool:
+        if self.kind == "TPU":
+            return False  # its strategy compiles whatever it runs
+        return self.kind == "GPU" and self.home is None if self.options.xla == "auto" else self.options.xla
 
     def timer(self, precision: str) -> Callable[[], float]:
         """See `choose`. The model has its weights back after each use.

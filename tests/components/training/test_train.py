@@ -174,6 +174,18 @@ def test_two_mirrored_devices_give_the_weights_that_one_gives(pictures, tmp_path
     np.testing.assert_allclose(history_of(one)["loss"], history_of(two)["loss"], rtol=1e-4)
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_xla_makes_the_same_updates_on_any_number_of_devices(pictures, tmp_path, mirrored, replicas):
+    strategy = mirrored if replicas == 2 else DEFAULT
+    made = []
+    for xla in (False, True):
+        options = TrainOptions(epochs=1, batch_size=32, xla=xla, accumulate=2, optimizer=OptimizerOptions(name="sgd"))
+        made.append(run(tmp_path / f"{xla}", options, pictures, strategy=strategy))
+    for a, b in zip(weights_of(made[0]), weights_of(made[1]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert made[0].facts["train"] == pytest.approx(made[1].facts["train"], rel=1e-4)
+
+
 @pytest.mark.slow  # TensorFlow builds the graph for two replicas, twice
 def test_normalization_and_dropout_train_on_two_devices_and_resume(pictures, tmp_path, mirrored):
     model = ModelOptions(name="cnn", options={"filters": [8, 8], "dropout": 0.1})
