@@ -39,6 +39,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=6400)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=8, help="of each way; one more comes before and is not counted")
+    parser.add_argument("--precision", default="auto", help="of trimline")
+    parser.add_argument(
+        "--at-once",
+        action="store_true",
+        help="start all at once, where time is short; with a --precision, as none can be measured",
+    )
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -50,24 +56,34 @@ def main() -> None:
     report = {}
     with tempfile.TemporaryDirectory() as folder:
         prepare(options, pathlib.Path(folder))
-        for model in options.models:
-            report[model] = compare(model, options, folder)
+        groups = [options.models] if options.at_once else [[model] for model in options.models]
+        for models in groups:
+            report |= compare(models, options, folder)
     OUT.mkdir(exist_ok=True)
     (OUT / "gpu_step.json").write_text(json.dumps({"options": vars(options), "found": report}, indent=1) + "\n")
 
 
-def compare(model: str, options: argparse.Namespace, folder: str) -> dict[str, Any]:
+def compare(models: list[str], options: argparse.Namespace, folder: str) -> dict[str, Any]:
     # A later option counts, so the rest is as it was given.
-    given = [sys.executable, *sys.argv, "--folder", folder, "--models", model, "--way"]
-    found, told = take_turns({way: [*given, way] for way in WAYS}, options.epochs)
-    for way, epochs in found.items():
-        speed = 1e6 / statistics.median(each["wall"] for each in epochs)
-        print(f"{model:12} {way:9} {speed:9.1f} examples/s on {told[way][0]}")
-    middle, low, high = ratios(found["fit"], found["trimline"])
-    print(f"{model:12} {middle:.2f}x of fit at its best setting (pairs {low:.2f}x to {high:.2f}x); trimline said:")
-    for line in told["trimline"][1:]:
-        print(f"{'':13}{line}", flush=True)
-    return {"ratio": middle, "told": told, "us_per_example": found}
+    given = [sys.executable, *sys.argv, "--folder", folder, "--models"]
+    commands = {f"{model} {way}": [*given, model, "--way", way] for model in models for way in WAYS}
+    found, told = take_turns(commands, options.epochs, options.at_once)
+    report = {}
+    for model in models:
+        fit, ours = f"{model} fit", f"{model} trimline"
+        for way in (fit, ours):
+            speed = 1e6 / statistics.median(each["wall"] for each in found[way])
+            print(f"{way:22} {speed:9.1f} examples/s on {told[way][0]}")
+        middle, low, high = ratios(found[fit], found[ours])
+        print(f"{model:12} {middle:.2f}x of fit at its best setting (pairs {low:.2f}x to {high:.2f}x); trimline said:")
+        for line in told[ours][1:]:
+            print(f"{'':13}{line}", flush=True)
+        report[model] = {
+            "ratio": middle,
+            "told": told[ours],
+            "us_per_example": {way: found[way] for way in (fit, ours)},
+        }
+    return report
 
 
 def prepare(options: argparse.Namespace, folder: pathlib.Path) -> None:
@@ -116,7 +132,7 @@ def through_trimline(options: argparse.Namespace) -> None:
     turns, told = Turns(data.rows("train") // options.batch * options.batch), [device()]
     with tempfile.TemporaryDirectory() as folder:
         train(
-            TrainOptions(epochs=options.epochs + 2, batch_size=options.batch),
+            TrainOptions(epochs=options.epochs + 2, batch_size=options.batch, precision=options.precision),
             lambda: model_of(options.models[0], data.spec),
             ModelOptions(builder="a:b", outputs="logits"),
             make_batches(data, augmentation=Augmentation()),

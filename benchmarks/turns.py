@@ -26,7 +26,11 @@ class Runner(contextlib.AbstractContextManager["Runner"]):
     def __init__(self, command: Sequence[str]) -> None:
         self._command = command
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.told: list[str] = self._heard()
+
+    def told(self) -> list[str]:
+        """Waits for the end of the first epoch."""
+        told: list[str] = self._heard()
+        return told
 
     def epoch(self) -> dict[str, float]:
         """Asks for one more."""
@@ -66,15 +70,30 @@ class Turns:
         self._since = _clocks()
 
 
-def take_turns(commands: Mapping[str, Sequence[str]], epochs: int) -> tuple[dict[str, Epochs], dict[str, list[str]]]:
-    """By way: its epochs, and what it was told. Each way comes first as often as last."""
+def take_turns(
+    commands: Mapping[str, Sequence[str]], epochs: int, at_once: bool = False
+) -> tuple[dict[str, Epochs], dict[str, list[str]]]:
+    """By way: its epochs, and what it was told. Each way comes first as often as last.
+
+    They start one after the other, as some measure while they do, or `at_once`.
+    """
     found: dict[str, Epochs] = {way: [] for way in commands}
+    told: dict[str, list[str]] = {}
     with contextlib.ExitStack() as stack:
-        runners = {way: stack.enter_context(Runner(command)) for way, command in commands.items()}
+        runners: dict[str, Runner] = {}
+        for way, command in commands.items():
+            runners[way] = stack.enter_context(Runner(command))
+            if not at_once:
+                told[way] = runners[way].told()
+        if at_once:
+            told = {way: runner.told() for way, runner in runners.items()}
+        print(f"{len(runners)} ways are ready", file=sys.stderr, flush=True)
         for epoch in range(epochs):
             for way in runners if epoch % 2 else reversed(runners):
                 found[way].append(runners[way].epoch())
-        return found, {way: runner.told for way, runner in runners.items()}
+                speed = 1e6 / found[way][-1]["wall"]
+                print(f"epoch {epoch + 1}/{epochs}: {way} {speed:.0f} examples/s", file=sys.stderr, flush=True)
+    return found, told
 
 
 def ratios(theirs: Epochs, ours: Epochs, clock: str = "wall") -> tuple[float, float, float]:

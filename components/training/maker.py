@@ -54,6 +54,7 @@ class Maker:
     seed: int
     folder: pathlib.Path
     home: str | None = None
+    _timed: dict[str, tuple[keras.optimizers.Optimizer, Loop]] = dataclasses.field(default_factory=dict, init=False)
 
     @property
     def kind(self) -> str:
@@ -102,8 +103,17 @@ class Maker:
             return False  # its strategy compiles whatever it runs
         return self.kind == "GPU" and self.home is None if self.options.xla == "auto" else self.options.xla
 
+    def update(self, precision: str) -> tuple[keras.optimizers.Optimizer, Loop]:
+        """An optimizer that made no update yet, and its loop: those that were timed, if any, as compiling takes long on a GPU."""
+        found = self._timed.get(precision)
+        self._timed.clear()
+        if found is not None:
+            return found
+        optimizer = self.optimizer(precision)
+        return optimizer, self.loop(optimizer)
+
     def timer(self, precision: str) -> Callable[[], float]:
-        """See `choose`. The model has its weights back after each use.
+        """See `choose`. The model has its weights back after each use, and the optimizer has made no update.
 
         On a CPU by processor time: another program beside must not decide which precision is the faster one. Not while
         data are being written by a thread of this process, whose time would be in it.
@@ -113,12 +123,15 @@ class Maker:
         while arriving is not None and not arriving.batches(self.options.batch_size):
             time.sleep(_PAUSE)
         batch = self.batches.training(self.options.batch_size, self.seed, 0).take(1).cache().repeat()
-        before = [variable.numpy() for variable in self.model.variables]
         with computed_in(self.model, precision, self.kind):
-            loop = self.loop(self.optimizer(precision))
+            optimizer = self.optimizer(precision)
+            changed = [*self.model.variables, *optimizer.variables]
+            before = [variable.numpy() for variable in changed]
+            loop = self.loop(optimizer)
             iterator = loop.iterator(batch)
             loop.advance(iterator, 2, Totals.START)  # traced here, while the model computes in this precision
-        assign(self.model.variables, before)
+        assign(changed, before)
+        self._timed[precision] = optimizer, loop
         count = 1
 
         def seconds() -> float:
@@ -127,7 +140,7 @@ class Maker:
             loop.advance(iterator, count, Totals.START)
             each = loop.agreed(clock() - started) / count
             count = max(1, int(_SECONDS_TIMED / each))
-            assign(self.model.variables, before)
+            assign(changed, before)
             return each
 
         return seconds

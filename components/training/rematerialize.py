@@ -12,6 +12,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from tensorflow.compiler.tf2xla.python.xla import optimization_barrier
 
 from components.errors import ModelError
 
@@ -60,4 +61,35 @@ def _twice(call: Any, *args: Any, **kwargs: Any) -> Any:
         again, named = tf.nest.pack_sequence_as((args, kwargs), leaves)
         return call(*again, **named)
 
-    return tf.recompute_grad(computed)(*(leaves[place] for place in places))
+    tensors = [leaves[place] for place in places]
+    if tf.__internal__.get_enclosing_xla_context() is None:
+        return tf.recompute_grad(computed)(*tensors)
+    return _behind_a_barrier(computed)(*tensors)
+
+
+def _behind_a_barrier(computed: Any) -> Any:
+    """As `tf.recompute_grad`, whose order XLA undoes on a GPU: it sees two equal calls there and keeps what the first one made.
+
+    What the second call gets depends on the gradient that comes from above, and is nothing equal: on a GPU by a barrier,
+    which XLA drops on a CPU, there by a zero that it cannot know.
+    """
+
+    @tf.custom_gradient
+    def twice(*tensors: Tensor) -> Any:
+        def gradient(*above: Tensor, variables: list[Any] | None = None) -> Any:
+            first = tf.reshape(above[0], [-1])[0]
+            zero = tf.where(
+                tf.equal(first, first), tf.zeros_like(first), first
+            )  # but for NaN, whose gradient is NaN anyway
+            tied = (each + tf.cast(zero, each.dtype) if each.dtype.is_floating else each for each in tensors)
+            held = optimization_barrier(*tied, *above)
+            again, above_held = held[: len(tensors)], held[len(tensors) :]
+            with tf.GradientTape() as tape:
+                tape.watch(again)
+                made = tf.nest.flatten(computed(*again))
+            found = tape.gradient(made, [*again, *(variables or [])], output_gradients=above_held)
+            return found[: len(again)], found[len(again) :]
+
+        return computed(*tensors), gradient
+
+    return twice

@@ -113,8 +113,8 @@ def train(
             fused = f"; {ready.fused} batch normalizations on the fused kernel" if ready.fused else ""
             trace.tell(f"precision: {chosen}{fused}")
         stack.enter_context(computed_in(model, chosen.precision, make.kind))
-        optimizer = make.optimizer(chosen.precision)
-        run = Training(options, model, optimizer, make.loop(optimizer), batches, folder, steps, seed, trace)
+        optimizer, loop = make.update(chosen.precision)
+        run = Training(options, model, optimizer, loop, batches, folder, steps, seed, trace)
         run.stages, run.remake = ready.stages, functools.partial(make.loop, optimizer)
         run.resume()
         _trace_graph(trace, model)

@@ -1,6 +1,6 @@
 """Trains a small model on a GPU, or beside it on the processor, and prints what came of it: python -m on_gpu FOLDER WANTED.
 
-WANTED, as JSON: "options" of training; "model": 'cnn', 'mlp' or 'deep', the large one of `peak`; "devices": how many logical GPUs the
+WANTED, as JSON: "options" of training; "model": 'cnn', 'mlp', 'wide' or 'deep', the large one of `peak`; "devices": how many logical GPUs the
 first GPU is cut into, 0 for the processor; "strategy": its name. Printed, as JSON: "weights", "loss" by epoch, "told", "memory": the peak of each
 logical GPU in bytes.
 """
@@ -25,7 +25,8 @@ from pipeline.strategy import make_split, make_strategy
 MEBIBYTES = 4096  # of each logical GPU
 MODELS = {
     "cnn": ModelOptions(name="cnn", options={"filters": [8, 8]}),
-    "mlp": ModelOptions(name="mlp", options={"units": [2048] * 6}),
+    "mlp": ModelOptions(name="mlp", options={"units": [256, 128]}),
+    "wide": ModelOptions(name="mlp", options={"units": [4096] * 9}),
     "deep": ModelOptions(builder="peak:build"),
 }
 

@@ -58,7 +58,8 @@ def test_parts_and_computing_again_need_less_memory(tmp_path):
     whole = trained(tmp_path / "whole", "deep", **fixed)["memory"][0]
     parts = trained(tmp_path / "parts", "deep", accumulate=4, **fixed)["memory"][0]
     again = trained(tmp_path / "again", "deep", rematerialize=True, **fixed)["memory"][0]
-    assert parts < 0.5 * whole and again < 0.7 * whole, (whole, parts, again)
+    assert parts < 0.5 * whole, (whole, parts)
+    assert again < 0.7 * whole, (whole, again)
 
 
 def test_two_mirrored_gpus_make_the_updates_of_one(tmp_path):
@@ -69,7 +70,7 @@ def test_two_mirrored_gpus_make_the_updates_of_one(tmp_path):
 
 
 def test_each_gpu_of_a_split_holds_less_than_the_whole(tmp_path):
-    whole = trained(tmp_path / "whole", "mlp", xla=False)
-    parts = trained(tmp_path / "parts", "mlp", 2, "split")
-    assert max(parts["memory"]) < 0.75 * whole["memory"][0], (whole["memory"], parts["memory"])
+    whole = trained(tmp_path / "whole", "wide", xla=False)
+    parts = trained(tmp_path / "parts", "wide", 2, "split")
+    assert max(parts["memory"]) < 0.7 * whole["memory"][0], (whole["memory"], parts["memory"])
     np.testing.assert_allclose(parts["loss"], whole["loss"], rtol=1e-3)

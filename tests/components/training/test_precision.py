@@ -7,7 +7,8 @@ import tensorflow as tf
 
 from components.options import ModelOptions, TrainOptions
 from components.tracing import Trace
-from components.training import precision
+from components.training import maker, precision
+from components.training.loop import Loop
 from components.training.model import build
 from components.training.precision import Choice, choose, computed_in, measured, multiply_adds
 from components.training.train import train
@@ -149,9 +150,11 @@ def test_measuring_leaves_no_trace_in_the_weights(pictures, tmp_path, monkeypatc
     plain = run(tmp_path / "plain", options, pictures, model, trace=Trace())
     monkeypatch.setattr(precision, "WORTH_MEASURING", 0)
     monkeypatch.setattr(precision, "WORTH_CHANGING", 1e9)  # measured, and never changed
-    told = []
+    told, made = [], []
+    monkeypatch.setattr(maker, "Loop", lambda *a, **k: made.append(Loop(*a, **k)) or made[-1])
     timed = run(tmp_path / "timed", options, pictures, model, trace=Trace(on_telling=told.append))
     assert "no other is" in told[0]
+    assert len(made) == 2  # of the two that were compiled for measuring, one trains
     for ours, theirs in zip(
         *(keras.saving.load_model(each.file).get_weights() for each in (plain, timed)), strict=True
     ):

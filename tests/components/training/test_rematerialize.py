@@ -26,8 +26,8 @@ def build():
     return keras.Model(inputs, keras.layers.Dense(3, name="out")(keras.layers.GlobalAveragePooling1D()(x)))
 
 
-def gradients(model, x):
-    @tf.function
+def gradients(model, x, xla=False):
+    @tf.function(jit_compile=xla)
     def compute(x):
         with tf.GradientTape() as tape:
             loss = tf.reduce_sum(model(x, training=True) ** 2)
@@ -36,12 +36,13 @@ def gradients(model, x):
     return [each.numpy() for each in compute(tf.constant(x))]
 
 
-def test_gradients_are_the_same_and_layers_with_state_are_left_alone(tmp_path):
+@pytest.mark.parametrize("xla", [False, True])
+def test_gradients_are_the_same_and_layers_with_state_are_left_alone(tmp_path, xla):
     x = np.random.default_rng(0).normal(size=(4, 16, 8)).astype("float32")
-    usual, model = gradients(build(), x), build()
+    usual, model = gradients(build(), x, xla), build()
     with rematerialized(model) as names:
         assert names == ["hidden", "attention", "block", "out"]
-        again = gradients(model, x)
+        again = gradients(model, x, xla)
     for ours, theirs in zip(again, usual, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
     assert all("call" not in vars(layer) for layer in model.layers)
@@ -56,10 +57,10 @@ def test_a_model_whose_layers_all_have_state_is_refused():
         pass
 
 
-@pytest.mark.slow  # three processes
+@pytest.mark.slow  # five processes
 def test_parts_and_computing_again_need_less_memory(tmp_path):
     def peak(**more):
-        folder = tmp_path / "-".join(more or ["plain"])
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         environment = os.environ | {"PYTHONPATH": f"{HERE.parents[2]}{os.pathsep}{HERE}"}
         command = [sys.executable, "-m", "peak", folder, json.dumps({"epochs": 1, "batch_size": 32, **more})]
@@ -68,3 +69,4 @@ def test_parts_and_computing_again_need_less_memory(tmp_path):
     plain = peak()
     assert peak(accumulate=8) < 0.5 * plain
     assert peak(rematerialize=True) < 0.75 * plain
+    assert peak(xla=True, rematerialize=True) < 0.75 * peak(xla=True)
