@@ -197,7 +197,8 @@ class TrainOptions(Options):
         None, description="First and last update that TensorBoard's profiler watches; 1 is the first of the training."
     )
     checkpoint_every: Duration = Field(
-        "5m", description="Longest time between two checkpoints, as 90s, 30m or 2h; each epoch ends in one too."
+        "5m",
+        description="Longest time between two checkpoints, as 90s, 30m or 2h; each epoch ends in one too, unless it is shorter than 20 times what writing one takes.",
     )
 
 

@@ -28,6 +28,10 @@ from components.training.transfer import Stages
 # How often progress is told and a signal heard; a call's fixed cost of 2 to 5 ms stays below 1 percent of it.
 _SECONDS_PER_CALL = 1.0
 _PAUSE = 0.05  # seconds between two looks for data that are being written
+_QUICK = 0.1  # seconds; a checkpoint that takes no longer is written at the end of each epoch
+_SAVING_PAYS = (
+    20  # times the seconds that it takes: sooner the end of an epoch writes none, so that it costs 5 percent at most
+)
 _GUESS = 1.2  # a model below this many times the accuracy of a guess is fed wrongly rather than bad
 _ROWS_TOLD = 8
 
@@ -60,6 +64,7 @@ class Training:
     best_epoch: int = 0
     best: list[np.ndarray] = dataclasses.field(default_factory=list)
     saved_at: float = dataclasses.field(default_factory=time.monotonic)
+    saving: float = 0.0  # seconds that the last checkpoint took
     stages: Stages | None = None
     remake: Callable[[], Loop] | None = None  # a loop that sees what `stages` changed
 
@@ -87,7 +92,7 @@ class Training:
         self.history, self.best_epoch = facts["history"], facts["best_epoch"]
 
     def to_the_end(self) -> None:
-        """Trains epoch by epoch, each followed by validation and a checkpoint, until the last or until patience ends.
+        """Trains epoch by epoch, each followed by validation and, if that pays, a checkpoint, until the last or until patience ends.
 
         Raises:
           KeyboardInterrupt: A signal asked for the end; a checkpoint of this very moment is written.
@@ -100,7 +105,8 @@ class Training:
             try:
                 while not self._over():
                     self._one_epoch(iterator, stop)
-                    self.save()
+                    if self._over() or self._saving_pays():
+                        self.save()
                     if self.batches.first_apart and self.epoch == 1 and not self._over():
                         iterator = self._iterator()
             except _Asked:  # a second signal is no _Asked: it may come in the middle of an update
@@ -155,6 +161,7 @@ class Training:
         Raises:
           OSError: The disk refused; the checkpoint before is as it was.
         """
+        begun = time.monotonic()
         # A checkpoint holds one value of each variable, so what goes on from here must have that one everywhere.
         self.loop.settle()
         arrays: dict[str, Any] = {
@@ -174,6 +181,16 @@ class Training:
         }
         Checkpoint(self.epoch * self.steps + self.done, arrays, facts).save(self.folder)
         self.saved_at = time.monotonic()
+        self.saving = self.saved_at - begun
+
+    def _saving_pays(self) -> bool:
+        took = self.loop.agreed(self.saving)
+        often = in_seconds(self.options.checkpoint_every)
+        return took <= _QUICK or self._since_saved() >= min(often, took * _SAVING_PAYS)
+
+    def _since_saved(self) -> float:
+        """Seconds; of several processes all must save together, whatever each one's clock says."""
+        return self.loop.agreed(time.monotonic() - self.saved_at)
 
     def _over(self) -> bool:
         stopping = self.options.early_stopping
@@ -242,7 +259,7 @@ class Training:
             if totals.finite_updates < self.done:
                 raise self._diverged("training loss", totals.finite_updates)
             self._tell(totals)
-            if self.done < self.steps and self.loop.agreed(time.monotonic() - self.saved_at) >= often:
+            if self.done < self.steps and self._since_saved() >= often:
                 self._refuse_infinite_weights()
                 self.save()
 

@@ -298,3 +298,29 @@ def test_the_moving_average_is_what_is_judged_and_saved(pictures, tmp_path, monk
     told = json.loads((tmp_path / "averaged" / "history.json").read_text())["val_loss"]
     assert told == [pytest.approx(float(loss), rel=1e-5)]
     assert not np.allclose(averaged[0], weights_of(made["plain"][0])[0], atol=1e-3)
+
+
+# --- checkpoints of short epochs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("seconds", "often", "saved"), [(0.01, "5m", 6), (2.0, "5m", 2), (2.0, "0.001s", 6)])
+def test_a_slow_checkpoint_is_not_written_after_each_short_epoch(
+    pictures, tmp_path, monkeypatch, seconds, often, saved
+):
+    """Of six epochs of a fraction of a second: the first, whose cost nobody knew, and the last are always written."""
+    clock, kept = [0.0], []
+    monkeypatch.setattr(epochs.time, "monotonic", lambda: clock[0])
+
+    def save(self, folder):
+        clock[0] += seconds
+        kept.append(self.facts["epoch"])
+
+    monkeypatch.setattr(Checkpoint, "save", save)
+
+    def passing(done, total, note):
+        clock[0] += 0.002
+
+    options = TrainOptions(epochs=6, batch_size=192, checkpoint_every=often)
+    run(tmp_path, options, pictures, LINEAR, trace=Trace(on_progress=passing))
+    assert len(kept) == saved
+    assert (kept[0], kept[-1]) == (1, 6)

@@ -43,7 +43,7 @@ def test_a_gpu_makes_the_updates_that_the_processor_makes(tmp_path):
     for a, b in zip(there["weights"], here["weights"], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
     np.testing.assert_allclose(there["loss"], here["loss"], rtol=1e-3)
-    assert there["said"] == there["memory"][0]
+    assert 0 < there["said"] <= there["memory"][0]
 
 
 @pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
