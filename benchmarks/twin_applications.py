@@ -98,13 +98,13 @@ def pictures(model: Any, count: int, seed: int) -> Any:
 def twin(name: str) -> dict[str, Any]:
     """Outputs of twin and model on pictures that the check in `to_twin` has not seen, and of the model that came back.
 
-    `sensitivity` is what a change of the pictures by one unit in their last place does to the model itself: a twin that
-    rounds in another order cannot be closer than that.
+    `fused`: of the twin as it trains, with the fused kernel for normalization, which rounds in another order. `sensitivity` is what a
+    change of the pictures by one unit in their last place does to the model itself: what rounds in another order cannot be closer.
     """
     import numpy as np
 
     from components.compression.hosted import Hosted
-    from components.compression.twin import _difference, from_twin, to_twin
+    from components.compression.twin import _difference, from_twin, same_kernels, to_twin
 
     model = build(name)
     shown = pictures(model, 4, seed=1)
@@ -112,6 +112,8 @@ def twin(name: str) -> dict[str, Any]:
     found = tfmot_itself(model)
     made = to_twin(model)
     back = from_twin(made, model)
+    with same_kernels(made):
+        same = made(shown, training=False)
     return {
         **found,
         "parameters": model.count_params(),
@@ -119,7 +121,8 @@ def twin(name: str) -> dict[str, Any]:
         "layers": len(made.layers),
         "hosted": sum(isinstance(layer, Hosted) for layer in made.layers),
         "spread": float(np.ptp(np.asarray(expected), axis=0).max() / np.abs(np.asarray(expected)).max()),
-        "difference": _difference(expected, made(shown, training=False)),
+        "difference": _difference(expected, same),
+        "fused": _difference(expected, made(shown, training=False)),
         "sensitivity": _difference(expected, model(shown * _nudge(shown), training=False)),
         "back": _difference(expected, back(shown, training=False)),
     }
@@ -127,15 +130,18 @@ def twin(name: str) -> dict[str, Any]:
 
 def own(name: str) -> dict[str, Any]:
     """The same with the weights that the builder gives."""
-    from components.compression.twin import _difference, from_twin, to_twin
+    from components.compression.twin import _difference, from_twin, same_kernels, to_twin
 
     model = build(name, drawn=False)
     shown = pictures(model, 4, seed=1)
     expected = model(shown, training=False)
     made = to_twin(model)
     back = from_twin(made, model)
+    with same_kernels(made):
+        same = made(shown, training=False)
     return {
-        "difference": _difference(expected, made(shown, training=False)),
+        "difference": _difference(expected, same),
+        "fused": _difference(expected, made(shown, training=False)),
         "back": _difference(expected, back(shown, training=False)),
     }
 
@@ -278,8 +284,8 @@ def _size(found: dict[str, Any]) -> float:
 
 
 def table(results: dict[str, dict[str, Any]], pieces: list[str]) -> str:
-    head = ["model", "parameters", "own weights", "drawn weights", "sensitive by", "back differs by", "spread"]
-    head += ["layers hosted", "tfmot itself"]
+    head = ["model", "parameters", "own weights", "fused kernel", "drawn weights", "fused kernel"]
+    head += ["sensitive by", "back differs by", "spread", "layers hosted", "tfmot itself"]
     shown = [each for each in OUTCOMES if each in pieces]
     head += [f"`{each}`" for each in shown]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
@@ -291,12 +297,12 @@ def table(results: dict[str, dict[str, Any]], pieces: list[str]) -> str:
 
 
 def _twin_cells(own: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    its = f"{own['difference']:.1e}" if "difference" in own else own.get("error", "not run")
+    its = [f"{own[key]:.1e}" if key in own else own.get("error", "not run") for key in ("difference", "fused")]
     if "difference" not in found:
-        return ["", its, found.get("error", "not run"), "", "", "", "", ""]
+        return ["", *its, found.get("error", "not run"), *[""] * 6]
     hosted = f"{found['hosted']} of {found['layers']}"
-    measured = [f"{found[key]:.1e}" for key in ("difference", "sensitivity", "back", "spread")]
-    return [f"{found['parameters']:,}", its, *measured, hosted, found["tfmot"].partition(":")[0]]
+    measured = [f"{found[key]:.1e}" for key in ("difference", "fused", "sensitivity", "back", "spread")]
+    return [f"{found['parameters']:,}", *its, *measured, hosted, found["tfmot"].partition(":")[0]]
 
 
 def _outcome_cell(found: dict[str, Any]) -> str:
