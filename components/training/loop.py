@@ -126,11 +126,11 @@ class Loop:
         self._accumulate = accumulate
         self._privacy = privacy
         self._home = home
-        self._update, self._found = self._train_step, self._of_this_replica
+        self._update, self._differentiate = self._train_step, self._of_this_replica
         if xla and strategy.num_replicas_in_sync == 1:
             self._update = tf.function(self._train_step, jit_compile=True)
         elif xla:  # an XLA program knows one device: where replicas meet is outside of it
-            self._found = tf.function(self._of_this_replica, jit_compile=True)
+            self._differentiate = tf.function(self._of_this_replica, jit_compile=True)
         self._statistics = Statistics(strategy, model.non_trainable_variables)
         self._advance = tf.function(self._advance_steps, jit_compile=False)
         self._evaluate = tf.function(self._evaluate_batches, jit_compile=False)
@@ -187,7 +187,7 @@ class Loop:
 
     @tf.autograph.experimental.do_not_convert
     def _train_step(self, x: Tensor, y: Tensor) -> Tensor:
-        gradients, sums = self._found(x, y)
+        gradients, sums = self._differentiate(x, y)
         if self._privacy is not None:
             replica = tf.distribute.get_replica_context().replica_id_in_sync_group
             gradients = self._privacy.noised(gradients, self._optimizer.iterations, replica)

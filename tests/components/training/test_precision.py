@@ -160,3 +160,15 @@ def test_measuring_leaves_no_trace_in_the_weights(pictures, tmp_path, monkeypatc
     ):
         np.testing.assert_array_equal(ours, theirs)
     assert not (tmp_path / "timed" / precision.CHOICE).exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted", "compiled"),
+    [("CPU", "auto", False), ("GPU", "auto", True), ("CPU", True, True), ("GPU", False, False), ("TPU", True, False)],
+)
+def test_xla_is_asked_for_on_gpus_and_never_twice(monkeypatch, tmp_path, kind, wanted, compiled):
+    """On a TPU the strategy compiles whatever it runs."""
+    monkeypatch.setattr(maker.Maker, "kind", property(lambda self: kind))
+    given = dict.fromkeys(("model", "variables", "batches", "strategy", "lesson"))
+    made = maker.Maker(options=TrainOptions(xla=wanted), steps=1, outputs="logits", seed=0, folder=tmp_path, **given)
+    assert made._xla is compiled
