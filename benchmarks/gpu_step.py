@@ -5,7 +5,7 @@
 
 `fit` is set as the guides of Keras and TensorFlow say for speed: `mixed_bfloat16`, `jit_compile=True`, many steps per execution
 (keras.io/api/mixed_precision, tensorflow.org/xla); its batches lie ready in memory as float32, in one order. trimline runs its training
-stage with its defaults, from its own files on disk, shuffled, a checkpoint an epoch counted. Pictures are random, 224 x 224 x 3 as
+stage with its defaults, from its own files on disk, shuffled, checkpoints counted. Pictures are random, 224 x 224 x 3 as
 stored; models have random weights. Ways take turns epoch by epoch, see turns.py; the first epoch of each is not counted.
 
 No bar.

@@ -1,4 +1,4 @@
-"""What all tests share: where real data lies, two logical CPU devices, quiet libraries."""
+"""What all tests share: where real data lies, two logical CPU devices and no GPU, quiet libraries."""
 
 import gc
 import os

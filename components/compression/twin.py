@@ -108,7 +108,8 @@ def same_kernels(twin: tf_keras.Model) -> Iterator[None]:
     Outside they use TensorFlow's fused kernel, which is several times as fast in training and rounds in another order: a deep
     model turns that into 1e-5 of its output, an ill-conditioned one into all of it.
     """
-    fused = {layer: layer.fused for layer in twin.layers if isinstance(layer, tf_keras.layers.BatchNormalization)}
+    kind = tf_keras.layers.BatchNormalization
+    fused = {layer: layer.fused for layer in twin._flatten_layers() if isinstance(layer, kind)}
     for layer in fused:
         layer.fused = False
     try:
@@ -324,7 +325,8 @@ def _check_same(model: keras.Model, twin: tf_keras.Model, twins: _Twins) -> None
     tolerance = TOLERANCE if exact else REDUCED_TOLERANCE
     if worst <= tolerance:
         return
-    where = _first_difference(model, twins, examples, tolerance)
+    with same_kernels(twin):
+        where = _first_difference(model, twins, examples, tolerance)
     if where is not None:
         raise ModelError(
             f"the twin of model '{model.name}' differs by {worst:.1e} of its largest output, {tolerance:g} is allowed; first at {where}: "

@@ -29,9 +29,7 @@ from components.training.transfer import Stages
 _SECONDS_PER_CALL = 1.0
 _PAUSE = 0.05  # seconds between two looks for data that are being written
 _QUICK = 0.1  # seconds; a checkpoint that takes no longer is written at the end of each epoch
-_SAVING_PAYS = (
-    20  # times the seconds that it takes: sooner the end of an epoch writes none, so that it costs 5 percent at most
-)
+_SAVING_PAYS = 20  # seconds of training for each that a checkpoint takes: before them the end of an epoch writes none
 _GUESS = 1.2  # a model below this many times the accuracy of a guess is fed wrongly rather than bad
 _ROWS_TOLD = 8
 
@@ -65,6 +63,7 @@ class Training:
     best: list[np.ndarray] = dataclasses.field(default_factory=list)
     saved_at: float = dataclasses.field(default_factory=time.monotonic)
     saving: float = 0.0  # seconds that the last checkpoint took
+    unsaved: float = 0.0  # seconds of training since then
     stages: Stages | None = None
     remake: Callable[[], Loop] | None = None  # a loop that sees what `stages` changed
 
@@ -181,12 +180,12 @@ class Training:
         }
         Checkpoint(self.epoch * self.steps + self.done, arrays, facts).save(self.folder)
         self.saved_at = time.monotonic()
-        self.saving = self.saved_at - begun
+        self.saving, self.unsaved = self.saved_at - begun, 0.0
 
     def _saving_pays(self) -> bool:
         took = self.loop.agreed(self.saving)
         often = in_seconds(self.options.checkpoint_every)
-        return took <= _QUICK or self._since_saved() >= min(often, took * _SAVING_PAYS)
+        return took <= _QUICK or self.unsaved >= took * _SAVING_PAYS or self._since_saved() >= often
 
     def _since_saved(self) -> float:
         """Seconds; of several processes all must save together, whatever each one's clock says."""
@@ -234,6 +233,7 @@ class Training:
             # Of several processes all must do the same next, whatever each one's clock and signals say.
             taken = self.loop.agreed(time.perf_counter() - started)
             self.seconds += taken
+            self.unsaved += taken
             if self.loop.agreed(float(stop.asked)):
                 raise _Asked
             count = max(1, int(count * _SECONDS_PER_CALL / taken))

@@ -204,7 +204,7 @@ class Loop:
             return self._share(x, y)
         return self._averaged(x, y) if self._home is None else self._averaged_in_place(x, y)
 
-    def _share(self, x: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor]:
+    def _share(self, x: Tensor, y: Tensor) -> tuple[list[Tensor | None], Tensor]:
         return self._gradients(x, y) if self._privacy is None else self._private(self._privacy, x, y)
 
     def _private(self, privacy: Privacy, x: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -224,7 +224,7 @@ class Loop:
         gradients = [(one + two) / replicas for one, two in zip(clipped, pulls, strict=True)]
         return gradients, self._sums(y, given, self._loss(y, given) + extra)
 
-    def _gradients(self, x: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor]:
+    def _gradients(self, x: Tensor, y: Tensor) -> tuple[list[Tensor | None], Tensor]:
         """Of the loss by the trainable variables, as the optimizer wants them, and the sums of this share of a batch."""
         variables = self._model.trainable_variables
         answers = None if self._lesson is None else self._lesson.answers(x)

@@ -54,7 +54,9 @@ class Maker:
     seed: int
     folder: pathlib.Path
     home: str | None = None
-    _timed: dict[str, tuple[keras.optimizers.Optimizer, Loop]] = dataclasses.field(default_factory=dict, init=False)
+    _timed: dict[str, tuple[keras.optimizers.Optimizer, Loop]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def kind(self) -> str:
@@ -103,7 +105,7 @@ class Maker:
             return False  # its strategy compiles whatever it runs
         return self.kind == "GPU" and self.home is None if self.options.xla == "auto" else self.options.xla
 
-    def update(self, precision: str) -> tuple[keras.optimizers.Optimizer, Loop]:
+    def take(self, precision: str) -> tuple[keras.optimizers.Optimizer, Loop]:
         """An optimizer that made no update yet, and its loop: those that were timed, if any, as compiling takes long on a GPU."""
         found = self._timed.get(precision)
         self._timed.clear()

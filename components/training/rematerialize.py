@@ -12,6 +12,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src.backend.common.variables import AutocastScope, get_autocast_scope
 from tensorflow.compiler.tf2xla.python.xla import optimization_barrier
 
 from components.errors import ModelError
@@ -51,45 +52,41 @@ def rematerialized(model: keras.Model) -> Iterator[list[str]]:
 
 
 def _twice(call: Any, *args: Any, **kwargs: Any) -> Any:
-    """Calls a layer so that its gradient calls it again; only tensors are inputs of the custom gradient."""
+    """Calls a layer so that its gradient calls it again; only tensors are inputs of the custom gradient.
+
+    As `tf.recompute_grad`, which forgets in what precision the layer computes, refuses masks, and under XLA is undone on a GPU:
+    two equal calls are one there. What the second call gets here depends on the gradient that comes from above, by a zero
+    that no compiler may fold and, under XLA, by a barrier: on a CPU the first is seen to help, on a GPU neither is yet.
+    """
     leaves = tf.nest.flatten((args, kwargs))
     places = [place for place, leaf in enumerate(leaves) if tf.is_tensor(leaf)]
+    scope = get_autocast_scope()
 
     def computed(*tensors: Tensor) -> Any:
         for place, tensor in zip(places, tensors, strict=True):
             leaves[place] = tensor
         again, named = tf.nest.pack_sequence_as((args, kwargs), leaves)
-        return call(*again, **named)
-
-    tensors = [leaves[place] for place in places]
-    if tf.__internal__.get_enclosing_xla_context() is None:
-        return tf.recompute_grad(computed)(*tensors)
-    return _behind_a_barrier(computed)(*tensors)
-
-
-def _behind_a_barrier(computed: Any) -> Any:
-    """As `tf.recompute_grad`, whose order XLA undoes on a GPU: it sees two equal calls there and keeps what the first one made.
-
-    What the second call gets depends on the gradient that comes from above, and is nothing equal: on a GPU by a barrier,
-    which XLA drops on a CPU, there by a zero that it cannot know.
-    """
+        with AutocastScope(
+            None if scope is None else scope.dtype
+        ):  # the gradient is computed when the layer's own is over
+            return call(*again, **named)
 
     @tf.custom_gradient
     def twice(*tensors: Tensor) -> Any:
         def gradient(*above: Tensor, variables: list[Any] | None = None) -> Any:
-            first = tf.reshape(above[0], [-1])[0]
+            first = tf.reduce_max(tf.reshape(above[0], [-1])[:1])
             zero = tf.where(
                 tf.equal(first, first), tf.zeros_like(first), first
             )  # but for NaN, whose gradient is NaN anyway
-            tied = (each + tf.cast(zero, each.dtype) if each.dtype.is_floating else each for each in tensors)
-            held = optimization_barrier(*tied, *above)
-            again, above_held = held[: len(tensors)], held[len(tensors) :]
+            held = [each + tf.cast(zero, each.dtype) if each.dtype.is_floating else each for each in tensors]
+            if tf.__internal__.get_enclosing_xla_context() is not None:
+                held = optimization_barrier(*held, *above)[: len(held)]
             with tf.GradientTape() as tape:
-                tape.watch(again)
-                made = tf.nest.flatten(computed(*again))
-            found = tape.gradient(made, [*again, *(variables or [])], output_gradients=above_held)
-            return found[: len(again)], found[len(again) :]
+                tape.watch([each for each in held if each.dtype.is_floating])
+                made = tf.nest.flatten(computed(*held))
+            found = tape.gradient(made, [*held, *(variables or [])], output_gradients=above)
+            return found[: len(held)], found[len(held) :]
 
         return computed(*tensors), gradient
 
-    return twice
+    return twice(*(leaves[place] for place in places))

@@ -113,7 +113,7 @@ def train(
             fused = f"; {ready.fused} batch normalizations on the fused kernel" if ready.fused else ""
             trace.tell(f"precision: {chosen}{fused}")
         stack.enter_context(computed_in(model, chosen.precision, make.kind))
-        optimizer, loop = make.update(chosen.precision)
+        optimizer, loop = make.take(chosen.precision)
         run = Training(options, model, optimizer, loop, batches, folder, steps, seed, trace)
         run.stages, run.remake = ready.stages, functools.partial(make.loop, optimizer)
         run.resume()

@@ -184,11 +184,7 @@ def test_on_the_kernels_of_keras_a_deep_twin_gives_the_same_bits():
     model = scrambled(keras.Model(inputs, layers.Dense(3)(layers.GlobalAveragePooling2D()(x))))
     twin = to_twin(model)
     shown = np.random.default_rng(1).random((4, 8, 8, 3), np.float32)
-    expected, fused = (
-        model(shown, training=False).numpy(),
-        [each.fused for each in twin.layers if hasattr(each, "fused")],
-    )
+    expected = model(shown, training=False)
     with same_kernels(twin):
         np.testing.assert_array_equal(twin(shown, training=False), expected)
-    assert [each.fused for each in twin.layers if hasattr(each, "fused")] == fused == [True] * 24
-    assert not np.array_equal(twin(shown, training=False), expected)  # why the check does not look at these
+    assert [each.fused for each in twin.layers if hasattr(each, "fused")] == [True] * 24
