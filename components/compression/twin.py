@@ -28,7 +28,7 @@ from components.compression.hosted import Hosted, carried, host, is_symbolic
 from components.compression.twin_layers import LAYERS, OPERATIONS, TwinLayer, plain
 from components.errors import ModelError
 
-# Largest difference of the outputs over their largest magnitude.
+# Largest difference of the outputs over their largest magnitude, with `same_kernels`.
 TOLERANCE = 1e-5
 # The same where the model computes in bfloat16 or float16, of which the twin, in float32, is free.
 REDUCED_TOLERANCE = 5e-2
