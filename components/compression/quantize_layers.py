@@ -13,6 +13,7 @@ a test:
 | Multiply, Subtract | MUL, SUB | output |
 | Activation: hard_silu (hard swish); hard_sigmoid | HARD_SWISH; ADD, MUL | output |
 | MaxPooling1D | MAX_POOL_2D between two RESHAPE | nothing, its output has the range of its input |
+| AveragePooling2D, whose output tfmot rounds | AVERAGE_POOL_2D, which has one range for both sides | nothing; behind a rounded one that is concatenated the converter (TF 2.21) has no operator: DenseNet |
 
 "Output" alone: what lies between several operators takes its range from the rows that the converter sees.
 """
@@ -117,7 +118,7 @@ class Registry(default_8bit_quantize_registry.Default8BitQuantizeRegistry):
             return default_8bit_quantize_configs.Default8BitOutputQuantizeConfig()
         if isinstance(layer, _layers.Conv1D):
             return _RowConfig()
-        if type(layer) is _layers.MaxPooling1D:
+        if type(layer) in (_layers.MaxPooling1D, _layers.AveragePooling2D):
             return default_8bit_quantize_configs.NoOpQuantizeConfig()
         return super().get_quantize_config(layer)
 

@@ -81,7 +81,22 @@ def squeeze_and_excite(x: Any) -> Any:
     return layers.Multiply()([x, weights])
 
 
+def transition(x: Any) -> Any:
+    """Of a DenseNet: what was averaged is concatenated with what is made of it."""
+    x = layers.AveragePooling2D()(conv("before")(x))
+    return layers.Concatenate()([x, layers.Conv2D(4, 3, padding="same", name="after")(x)])
+
+
 PICTURES = {
+    "averages that are concatenated": (
+        transition,
+        {
+            "CONV_2D": 2,
+            "AVERAGE_POOL_2D": 1,
+            "CONCATENATION": 1,
+            "QUANTIZE": 3,
+        },  # to the range of the concatenation, twice
+    ),
     "normalization that stands alone": (
         lambda x: conv()(layers.BatchNormalization(name="norm")(x)),
         {"MUL": 1, "ADD": 1, "CONV_2D": 1},
