@@ -69,7 +69,8 @@ def to_twin(model: keras.Model) -> tf_keras.Model:
         _set_weights(layer, chain, [np.asarray(keras.ops.convert_to_numpy(weight)) for weight in layer.weights])
         for each in chain:
             each.trainable = layer.trainable
-    _check_same(model, twin, twins)
+    with same_kernels(twin):
+        _check_same(model, twin, twins)
     return twin
 
 
@@ -318,15 +319,13 @@ def _first_line(error: BaseException) -> str:
 def _check_same(model: keras.Model, twin: tf_keras.Model, twins: _Twins) -> None:
     examples = _examples(model)
     expected = keras.tree.flatten(model(_one_or_all(examples), training=False))
-    with same_kernels(twin):
-        got = tf.nest.flatten(twin(_one_or_all(examples), training=False))
+    got = tf.nest.flatten(twin(_one_or_all(examples), training=False))
     worst = max(map(_difference, expected, got))
     exact = all(getattr(each, "compute_dtype", None) in (None, "float32") for each, _ in _walk(model))
     tolerance = TOLERANCE if exact else REDUCED_TOLERANCE
     if worst <= tolerance:
         return
-    with same_kernels(twin):
-        where = _first_difference(model, twins, examples, tolerance)
+    where = _first_difference(model, twins, examples, tolerance)
     if where is not None:
         raise ModelError(
             f"the twin of model '{model.name}' differs by {worst:.1e} of its largest output, {tolerance:g} is allowed; first at {where}: "

@@ -54,9 +54,9 @@ def rematerialized(model: keras.Model) -> Iterator[list[str]]:
 def _twice(call: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls a layer so that its gradient calls it again; only tensors are inputs of the custom gradient.
 
-    As `tf.recompute_grad`, which forgets in what precision the layer computes, refuses masks, and under XLA is undone on a GPU:
-    two equal calls are one there. What the second call gets here depends on the gradient that comes from above, by a zero
-    that no compiler may fold and, under XLA, by a barrier: on a CPU the first is seen to help, on a GPU neither is yet.
+    As `tf.recompute_grad`, which forgets in what precision the layer computes, refuses masks, and saved nothing under XLA on a
+    GPU. What the second call gets here depends on the gradient that comes from above, so that the two are not one to a
+    compiler: by a zero that it may not fold and, under XLA, by a barrier. On a CPU that saves memory; on a GPU it is not shown.
     """
     leaves = tf.nest.flatten((args, kwargs))
     places = [place for place, leaf in enumerate(leaves) if tf.is_tensor(leaf)]
@@ -66,18 +66,16 @@ def _twice(call: Any, *args: Any, **kwargs: Any) -> Any:
         for place, tensor in zip(places, tensors, strict=True):
             leaves[place] = tensor
         again, named = tf.nest.pack_sequence_as((args, kwargs), leaves)
-        with AutocastScope(
-            None if scope is None else scope.dtype
-        ):  # the gradient is computed when the layer's own is over
+        # When the gradient is computed, the layer's own scope is over.
+        with AutocastScope(None if scope is None else scope.dtype):
             return call(*again, **named)
 
     @tf.custom_gradient
     def twice(*tensors: Tensor) -> Any:
         def gradient(*above: Tensor, variables: list[Any] | None = None) -> Any:
             first = tf.reduce_max(tf.reshape(above[0], [-1])[:1])
-            zero = tf.where(
-                tf.equal(first, first), tf.zeros_like(first), first
-            )  # but for NaN, whose gradient is NaN anyway
+            # But for NaN, whose gradient is NaN anyway.
+            zero = tf.where(tf.equal(first, first), tf.zeros_like(first), first)
             held = [each + tf.cast(zero, each.dtype) if each.dtype.is_floating else each for each in tensors]
             if tf.__internal__.get_enclosing_xla_context() is not None:
                 held = optimization_barrier(*held, *above)[: len(held)]

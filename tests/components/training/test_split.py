@@ -274,5 +274,5 @@ def test_each_device_needs_less_memory_than_one_with_all_layers(tmp_path):
         return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
 
     (whole,) = peaks(1)
-    assert max(peaks(2)) < 0.95 * whole
+    assert max(peaks(2)) < 0.85 * whole
     assert max(peaks(4)) < 0.65 * whole
