@@ -104,45 +104,44 @@ def twin(name: str) -> dict[str, Any]:
     import numpy as np
 
     from components.compression.hosted import Hosted
-    from components.compression.twin import _difference, from_twin, same_kernels, to_twin
+    from components.compression.twin import _difference, to_twin
 
     model = build(name)
     shown = pictures(model, 4, seed=1)
     expected = model(shown, training=False)
     found = tfmot_itself(model)
     made = to_twin(model)
-    back = from_twin(made, model)
-    with same_kernels(made):
-        same = made(shown, training=False)
     return {
         **found,
+        **compared(model, made, shown),
         "parameters": model.count_params(),
         "pixels": model.input_shape[1],
         "layers": len(made.layers),
         "hosted": sum(isinstance(layer, Hosted) for layer in made.layers),
         "spread": float(np.ptp(np.asarray(expected), axis=0).max() / np.abs(np.asarray(expected)).max()),
-        "difference": _difference(expected, same),
-        "fused": _difference(expected, made(shown, training=False)),
         "sensitivity": _difference(expected, model(shown * _nudge(shown), training=False)),
-        "back": _difference(expected, back(shown, training=False)),
     }
 
 
 def own(name: str) -> dict[str, Any]:
     """The same with the weights that the builder gives."""
-    from components.compression.twin import _difference, from_twin, same_kernels, to_twin
+    from components.compression.twin import to_twin
 
     model = build(name, drawn=False)
-    shown = pictures(model, 4, seed=1)
+    return compared(model, to_twin(model), pictures(model, 4, seed=1))
+
+
+def compared(model: Any, made: Any, shown: Any) -> dict[str, float]:
+    """How far from the model its twin is, by both kernels, and what comes back from it."""
+    from components.compression.twin import _difference, from_twin, same_kernels
+
     expected = model(shown, training=False)
-    made = to_twin(model)
-    back = from_twin(made, model)
     with same_kernels(made):
         same = made(shown, training=False)
     return {
         "difference": _difference(expected, same),
         "fused": _difference(expected, made(shown, training=False)),
-        "back": _difference(expected, back(shown, training=False)),
+        "back": _difference(expected, from_twin(made, model)(shown, training=False)),
     }
 
 

@@ -63,7 +63,7 @@ class Training:
     best: list[np.ndarray] = dataclasses.field(default_factory=list)
     saved_at: float = dataclasses.field(default_factory=time.monotonic)
     saving: float = 0.0  # seconds that the last checkpoint took
-    unsaved: float = 0.0  # seconds of training since then
+    unsaved: float = 0.0  # seconds of training since then, the same in all processes
     stages: Stages | None = None
     remake: Callable[[], Loop] | None = None  # a loop that sees what `stages` changed
 

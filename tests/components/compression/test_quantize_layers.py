@@ -90,12 +90,8 @@ def transition(x: Any) -> Any:
 PICTURES = {
     "averages that are concatenated": (
         transition,
-        {
-            "CONV_2D": 2,
-            "AVERAGE_POOL_2D": 1,
-            "CONCATENATION": 1,
-            "QUANTIZE": 3,
-        },  # to the range of the concatenation, twice
+        # Both go to the range of the concatenation.
+        {"CONV_2D": 2, "AVERAGE_POOL_2D": 1, "CONCATENATION": 1, "QUANTIZE": 3},
     ),
     "normalization that stands alone": (
         lambda x: conv()(layers.BatchNormalization(name="norm")(x)),

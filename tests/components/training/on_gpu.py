@@ -1,7 +1,7 @@
 """Trains a small model on a GPU, or beside it on the processor, and prints what came of it: python -m on_gpu FOLDER WANTED.
 
 WANTED, as JSON: "options" of training; "model": 'cnn', 'mlp', 'wide' or 'deep', the large one of `peak`; "devices": how many logical GPUs the
-first GPU is cut into, 0 for the processor; "strategy": its name. Printed, as JSON: "weights", "loss" by epoch, "told", "memory": the peak of each
+first GPU is cut into, 0 for the processor; "strategy": its name. Printed, as JSON: "weights", "loss" by epoch, "said": the memory that the training told, "memory": the peak of each
 logical GPU in bytes after the first update, in which XLA tries kernels in memory of their own.
 """
 
@@ -39,7 +39,7 @@ def main(folder: str, wanted: dict) -> None:
         parts = [tf.config.LogicalDeviceConfiguration(memory_limit=MEBIBYTES)] * count
         tf.config.set_logical_device_configuration(gpus[0], parts)
     tf.config.experimental.enable_tensor_float_32_execution(False)  # else products agree to three digits only
-    model, told, fresh = MODELS[wanted["model"]], [], list(range(count))
+    model, fresh = MODELS[wanted["model"]], list(range(count))
 
     def forget(*_: object) -> None:
         while fresh:
@@ -56,7 +56,7 @@ def main(folder: str, wanted: dict) -> None:
         pathlib.Path(folder),
         strategy=make_strategy(options),
         seed=0,
-        trace=Trace(on_telling=told.append, on_progress=forget),
+        trace=Trace(on_progress=forget),
         split=make_split(options),
     )
     memory = [tf.config.experimental.get_memory_info(f"GPU:{place}")["peak"] for place in range(count)]
@@ -64,7 +64,6 @@ def main(folder: str, wanted: dict) -> None:
     found = {
         "weights": [each.ravel()[:1000].tolist() for each in weights],
         "loss": json.loads((made.folder / "history.json").read_text())["loss"],
-        "told": told,
         "memory": memory,
         "said": made.facts["speed"]["memory_bytes"],
     }

@@ -18,7 +18,8 @@ FEW = {"epochs": 2, "batch_size": 32, "precision": "float32", "optimizer": {"nam
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     paths = [str(HERE.parents[2]), str(HERE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": VISIBLE_GPUS or "0"}
+    visible = "0" if VISIBLE_GPUS is None else VISIBLE_GPUS  # hidden on purpose stays hidden
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": visible}
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
 
 
