@@ -60,6 +60,12 @@ BARS = {"below_10k": (10_000, 0.91), "below_100k": (100_000, 0.93)}
 """Parameters that the file must stay below, and the accuracy that it must reach."""
 
 
+def run(settings: list[str]) -> dict[str, Any]:
+    """The variants of a run by recipe."""
+    results = pipeline.run(pipeline.load_config("fashion_mnist", settings))
+    return {variant["recipe"]: variant for variant in results.variants}
+
+
 def accuracy(variants: Mapping[str, Any]) -> dict[str, float]:
     """Of the int8 file that answers best on validation rows, on the test split."""
     made = [variants[recipe] for recipe in ("int8", "qat") if variants[recipe]["status"] == "ok"]
@@ -67,12 +73,12 @@ def accuracy(variants: Mapping[str, Any]) -> dict[str, float]:
     return {"accuracy": file["metric"], "parameters": file["parameters"], "gzip bytes": file["gzip_bytes"]}
 
 
-def quarter(variants: Mapping[str, Any]) -> dict[str, float]:
+def quarter(variants: Mapping[str, Any], int8_bytes: int) -> dict[str, float]:
     """The smallest file within 0.01 of float32 on validation rows; what it loses on the test split is told."""
     held = [each for each in variants.values() if each["status"] == "ok" and each["validation_drop"] <= 0.01]
     best = min(held, key=lambda each: each["gzip_bytes"])
     return {
-        "of int8": best["gzip_bytes"] / variants["int8"]["gzip_bytes"],
+        "of int8": best["gzip_bytes"] / int8_bytes,
         "gzip bytes": best["gzip_bytes"],
         "lost": best["metric_drop"],
     }
@@ -98,9 +104,10 @@ def main() -> None:
         found = []
         for seed in options.seeds:
             settings = [f"name={work}-{seed}", f"seed={seed}", f"workspace={options.workspace}", *WORKS[work]]
-            results = pipeline.run(pipeline.load_config("fashion_mnist", settings))
-            variants = {variant["recipe"]: variant for variant in results.variants}
-            found.append(accuracy(variants) if work in BARS else quarter(variants))
+            variants = run(settings)
+            # The alternative is the converter's file as it writes it.
+            plain = [*settings, "export.short_scales=false", "compress.recipes=[int8]"]
+            found.append(accuracy(variants) if work in BARS else quarter(variants, run(plain)["int8"]["gzip_bytes"]))
             print(f"{work} seed {seed}: {said(found[-1])}", flush=True)
         mean = {key: statistics.fmean(each[key] for each in found) for key in found[0]}
         print(f"{work} mean: {said(mean)}: {'reached' if reached(work, mean) else 'MISSED'}")

@@ -37,6 +37,7 @@ from components.delivery.formats import WEIGHT_BITS, weight_dtype
 from components.delivery.integers import in_integers
 from components.delivery.owners import layer_classes, operations
 from components.delivery.proof import KERNELS, OPERATORS_OF_KIND, Proof, read_proof
+from components.delivery.scales import shorten
 from components.errors import ConfigError, ModelError
 from components.options import ExportOptions
 from components.recipe import FORMATS, IO
@@ -80,7 +81,7 @@ def export(
       model: Built Keras model of one input (batch, *spec.input_shape) float32; called with `training=False`.
       spec: Names the input and fixes its shape; the file takes one example.
       outputs: Name of a classifier's output in the file; regression calls it 'value'.
-      options: Calibration budget, dtype of input and output of an integer file, and layers in another precision.
+      options: Calibration budget, dtype of input and output of an integer file, layers in another precision, bits of scales.
       calibration: float32 (n, *spec.input_shape) as the model is fed; read for 'int8' and 'int16x8' only.
       folder: Exists; an earlier attempt is overwritten. Integer formats leave `calibration.json` there too: how many rows
         were taken, and by tensor what its range covers and clips.
@@ -144,6 +145,8 @@ def export(
     if format in WEIGHT_BITS:
         untreated = [*untreated, *_wider(file.file.read_bytes(), format, model)]
         file.file.write_bytes(weights_only(file.file, WEIGHT_BITS[format]))
+    if options.short_scales and format in ("dynamic", *WEIGHT_BITS):
+        file.file.write_bytes(shorten(file.file.read_bytes()))
     _write_face(file, recipe, format, output_name, promises, untreated, trace)
     return file
 

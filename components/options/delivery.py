@@ -39,6 +39,11 @@ class ExportOptions(Options):
     int16: list[Pattern] = Field(
         [], description="Layers with int16 activations inside an int8 file, likewise; keep_float goes before."
     )
+    short_scales: bool = Field(
+        True,
+        description="Scales of integer files are rounded to 8 significant bits (kernels) and 6 (activations, upwards), so that a download "
+        "is smaller; false: as the TFLite converter writes them.",
+    )
     rescue: RescueOptions = RescueOptions()
 
 

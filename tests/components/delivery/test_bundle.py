@@ -89,8 +89,11 @@ def test_a_bundle_answers_alike_whatever_its_file_takes_and_gives(format, io, ma
     assert other.variant["metric"] == pytest.approx(usual.variant["metric"], abs=0.02)
     answers = predict(folder, folder / "golden.json")
     usual_answers = predict(usual.bundle(tmp_path / "usual"), folder / "golden.json")
+    # The model is untrained: the two best classes of one record are 0.007 apart, so labels alone would tell little.
     same = [each["label"] == other["label"] for each, other in zip(answers, usual_answers, strict=True)]
-    assert sum(same) >= len(same) - (format == "int4_weights")
+    assert sum(same) >= len(same) - 1
+    probabilities = [[each["probability"] for each in of] for of in (answers, usual_answers)]
+    np.testing.assert_allclose(*probabilities, atol=0.05 if format == "int4_weights" else 0.005)
 
 
 RUN_PREDICT = """
