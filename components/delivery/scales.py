@@ -174,17 +174,12 @@ def _product(name: str, read: Sequence[_Tensor | None]) -> _Product | None:
 
 def _kept(graphs: Sequence[_Graph], products: Sequence[_Product]) -> set[float]:
     """Scales that must stay what they are."""
-    tensors = [tensor for graph in graphs for tensor in graph.tensors]
-    kernels = {id(product.kernel) for product in products}
     left = [end for graph in graphs for end in graph.ends]
-    left += [
-        tensor for tensor in tensors if tensor.codes is not None and not tensor.is_sum and id(tensor) not in kernels
-    ]
     for name, touched in (other for graph in graphs for other in graph.others):
         unknown = name.startswith("CUSTOM:") or any(tensor.is_sum for tensor in touched)
         left += [tensor for tensor in touched if unknown or tensor.codes is not None]
     readers = collections.Counter(id(product.bias) for product in products)
-    stored = collections.Counter(tensor.buffer for tensor in tensors if tensor.codes is not None)
+    stored = collections.Counter(tensor.buffer for graph in graphs for tensor in graph.tensors)
     for product in products:
         if product.input is None or product.bias is None:
             continue
