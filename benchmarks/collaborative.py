@@ -12,7 +12,7 @@ these and at 1e-3 behind them, 3 epochs each, then 1 epoch with the scheme that 
 `Optimize.DEFAULT`. It gets the tf_keras twin of the model, since it refuses the model itself. Batches are of 128
 throughout; the notebooks prune and cluster in batches of 32.
 
-trimline's strengths were chosen on validation rows of seed 100. All that is trained is cached in the workspace.
+trimline's strengths, and the rate at which it prunes the DS-CNN, were chosen on validation rows of seed 100. All that is trained is cached in the workspace.
 """
 
 import argparse
@@ -47,12 +47,13 @@ NETWORKS = {
     "ds_cnn": [
         "model.name=mobilenet",
         "model.options={stem: 64, blocks: [64, 64, 64, 64], strides: [2, 1, 1, 1]}",
+        "compress.prune.learning_rate=0.003",
     ],
 }
 EPOCHS = {"prune": 3, "cluster": 3, "qat": 1}  # the notebooks'
 OURS = {
     "resnet8": ("prune@0.75+qat", "cluster@8+qat", "prune@0.75+cluster@16+qat"),
-    "ds_cnn": ("prune@0.7+qat", "cluster@8+qat", "prune@0.7+cluster@16+qat"),
+    "ds_cnn": ("prune@0.73+qat", "cluster@8+qat", "prune@0.75+cluster@12+qat"),
 }
 SETTINGS = [
     *(f"compress.{step}.epochs={epochs}" for step, epochs in EPOCHS.items()),
