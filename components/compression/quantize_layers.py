@@ -11,6 +11,7 @@ a test:
 | Rescaling; Normalization | MUL, ADD; SUB, MUL | output |
 | LayerNormalization | MEAN, SQUARED_DIFFERENCE, RSQRT, MUL, SUB, ADD | output |
 | Multiply, Subtract | MUL, SUB | output |
+| Scores, what an attention has between its kernels | BATCH_MATMUL, SOFTMAX, MUL, TRANSPOSE, RESHAPE | output |
 | Activation: hard_silu (hard swish); hard_sigmoid | HARD_SWISH; ADD, MUL | output |
 | MaxPooling1D | MAX_POOL_2D between two RESHAPE | nothing, its output has the range of its input |
 | AveragePooling2D, whose output tfmot rounds | AVERAGE_POOL_2D, which has one range for both sides | nothing; behind a rounded one that is concatenated the converter (TF 2.21) has no operator: DenseNet |
@@ -33,6 +34,8 @@ from tensorflow_model_optimization.python.core.quantization.keras.default_8bit i
 )
 from tensorflow_model_optimization.python.core.quantization.keras.graph_transformations import transforms
 
+from components.compression.twin_layers import Scores
+
 _layers = tf_keras.layers
 _THEIR_ACTIVATIONS = (
     "relu",
@@ -52,6 +55,7 @@ _OUTPUT_ONLY = (
     _layers.Normalization,
     _layers.Rescaling,
     _layers.Subtract,
+    Scores,
 )
 # The converter takes a batch normalization into these.
 _INTO_KERNEL = (_layers.Conv1D, _layers.Conv2D, _layers.DepthwiseConv2D, _layers.Dense)

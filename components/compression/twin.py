@@ -25,7 +25,7 @@ import tensorflow as tf
 import tf_keras
 
 from components.compression.hosted import Hosted, carried, host, is_symbolic
-from components.compression.twin_layers import LAYERS, OPERATIONS, TwinLayer, plain
+from components.compression.twin_layers import LAYERS, OPERATIONS, Attention, TwinLayer, plain
 from components.errors import ModelError
 
 # Largest difference of the outputs over their largest magnitude, with `same_kernels`.
@@ -39,7 +39,7 @@ TWINS: dict[str, Callable[[Any, str], list[TwinLayer]]] = dict(LAYERS)
 """Layers that their configuration alone does not carry over, by class name; yours may be added.
 
 (Keras 3 layer, name for the twin) -> tf_keras layers that, called one after the other, do the same. Their weights taken
-together, in order, must be those of the Keras 3 layer, or none at all. A tf_keras class of your own must be registered
+together, in order, must be those of the Keras 3 layer, in any shape, or none at all. A tf_keras class of your own must be registered
 with `tf_keras.saving.register_keras_serializable`, because compressed models are saved.
 
 A layer of yours without an entry is hosted: it trains and is exported, but tfmot leaves its weights alone. An entry that
@@ -93,12 +93,13 @@ def from_twin(twin: tf_keras.Model, like: keras.Model) -> keras.Model:
         values = [weight.numpy() for weight in carried(each for each in chain if each is not None)]
         if not values and None not in chain:
             continue  # the twin carries them in its configuration
-        if None in chain or [each.shape for each in values] != [tuple(weight.shape) for weight in layer.weights]:
+        laid_out = None if None in chain else _laid_out(values, layer.weights)
+        if laid_out is None:
             raise ModelError(
                 f"twin of layer '{layer.name}' ({type(layer).__name__}): expected weights {_shapes(layer.weights)}, "
                 f"got {_shapes(values)}; pass a twin without wrappers, made from this very model."
             )
-        target.set_weights(values)
+        target.set_weights(laid_out)
     return made
 
 
@@ -203,6 +204,8 @@ def _run(model: keras.Model, inputs: list[Any], call: Callable[[Any, Any, Any], 
 def _through(chain: list[TwinLayer], operation: Any, args: Any, kwargs: Any) -> Any:
     """Calls the twin layers of `operation` one after the other, on tensors with values or without."""
     first, *rest = chain
+    if isinstance(chain, Attention):
+        return chain(*args, **_without_masks(args, kwargs))
     if isinstance(first, Hosted):
         value = first(_one_or_all(first.inputs_among(args, kwargs)))
     elif isinstance(operation, keras.Layer):
@@ -299,10 +302,19 @@ def _no_twin(layer: Any, reason: str) -> ModelError:
 
 def _set_weights(layer: keras.Layer, chain: list[TwinLayer], values: list[np.ndarray]) -> None:
     targets = carried(chain)
-    if [tuple(weight.shape) for weight in targets] != [value.shape for value in values]:
+    laid_out = _laid_out(values, targets)
+    if laid_out is None:
         raise _no_twin(layer, f"its weights are {_shapes(values)}, those of tf_keras {_shapes(targets)}")
-    for weight, value in zip(targets, values, strict=True):
+    for weight, value in zip(targets, laid_out, strict=True):
         weight.assign(value)
+
+
+def _laid_out(values: list[np.ndarray], weights: Any) -> list[np.ndarray] | None:
+    """`values` in the shapes of `weights`: heads of an attention are an axis of their own in Keras 3. None: other sizes."""
+    shapes = [tuple(weight.shape) for weight in weights]
+    if [value.size for value in values] != [int(np.prod(shape)) for shape in shapes]:
+        return None
+    return [value.reshape(shape) for value, shape in zip(values, shapes, strict=True)]
 
 
 def _shapes(weights: Any) -> str:

@@ -278,6 +278,109 @@ class StochasticDepth(tf_keras.__internal__.layers.BaseRandomLayer):
         return super().get_config() | {"drop_path_rate": self.drop_path_rate, "rng_type": "stateful"}
 
 
+@tf_keras.saving.register_keras_serializable(_PACKAGE)
+class Scores(tf_keras.__internal__.layers.BaseRandomLayer):
+    """softmax(Q K^T / sqrt(d)) V by head (Vaswani et al. 2017, arXiv 1706.03762): the part of an attention without weights."""
+
+    def __init__(self, heads: int, causal: bool = False, dropout: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.heads, self.causal, self.dropout = heads, causal, dropout
+
+    def call(self, inputs: Any, training: Any = None) -> tf.Tensor:
+        """Attends.
+
+        Args:
+          inputs: Queries float32 (batch, n, heads x d), keys (batch, m, heads x d), values (batch, m, heads x e), and perhaps
+            a mask that broadcasts to (batch, n, m), True where a place may be looked at.
+          training: Whether a share `dropout` of the scores is dropped.
+
+        Returns:
+          float32 (batch, n, heads x e).
+        """
+        query, key, value = (self._by_head(each) for each in inputs[:3])
+        scores = tf.einsum("bnhd,bmhd->bhnm", query * query.shape[-1] ** -0.5, key)
+        mask = tf.cast(inputs[3], tf.bool)[:, tf.newaxis] if len(inputs) > 3 else None
+        if self.causal:
+            places = tf.range(tf.shape(scores)[-1]), tf.range(tf.shape(scores)[-2])
+            before = places[0][tf.newaxis] <= places[1][:, tf.newaxis]
+            mask = before if mask is None else mask & before
+        if mask is not None:
+            scores = tf.where(mask, scores, -1e9)
+        scores = tf.nn.softmax(scores)
+        if training and self.dropout:
+            kept = self._random_generator.random_uniform(tf.shape(scores)) >= self.dropout
+            scores = tf.where(kept, scores / (1 - self.dropout), 0.0)
+        found = tf.einsum("bhnm,bmhe->bnhe", scores, value)
+        return tf.reshape(found, [-1, tf.shape(found)[1], self.heads * value.shape[-1]])
+
+    def _by_head(self, x: tf.Tensor) -> tf.Tensor:
+        return tf.reshape(x, [-1, tf.shape(x)[1], self.heads, x.shape[-1] // self.heads])
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        own = {"heads": self.heads, "causal": self.causal, "dropout": self.dropout, "rng_type": "stateful"}
+        return super().get_config() | own
+
+
+class Attention(list[TwinLayer]):
+    """Twin layers of an attention: the four kernels as dense layers, which tfmot knows, and what is between them."""
+
+    def __call__(
+        self,
+        query: Any,
+        value: Any,
+        key: Any = None,
+        attention_mask: Any = None,
+        use_causal_mask: bool = False,
+        **others: Any,
+    ) -> Any:
+        """Calls them as Keras 3 calls the one layer; whether it is causal the layers know already.
+
+        Raises:
+          ValueError: Masks of single tensors, or the scores as a second output.
+        """
+        given = [query, value if key is None else key, value]
+        masked = any(getattr(each, "_keras_mask", None) is not None for each in given)
+        if masked or any(each is not None and each is not False for each in others.values()):
+            raise ValueError("the attention masks single places, or returns its scores")
+        *projections, scores, output = self
+        found = [project(each) for project, each in zip(projections, given, strict=True)]
+        return output(scores(found if attention_mask is None else [*found, attention_mask]))
+
+
+def _attention(layer: Any, name: str) -> list[TwinLayer]:
+    """Over the places of a sequence, in dense layers.
+
+    Raises:
+      ValueError: Anything else; Keras 3 computes that.
+    """
+    config = layer.get_config()
+    causal = {bool(node.arguments.kwargs.get("use_causal_mask")) for node in layer._inbound_nodes}
+    unusual = (
+        layer._query_dense.equation != "abc,cde->abde",
+        layer._key_dense.equation != "abc,cde->abde",
+        layer._output_dense.equation != "abcd,cde->abe",
+        getattr(layer, "_use_gate", False),
+        getattr(layer, "_sliding_window", None) is not None,
+        len(causal) > 1,
+        *(config.get(key) is not None for key in ("activity_regularizer", "kernel_constraint", "bias_constraint")),
+    )
+    if any(unusual):
+        raise ValueError("the attention is over more than the places of a sequence, gated, or constrained")
+    common = {key: _value(layer, key, config[key]) for key in ("kernel_regularizer", "bias_regularizer")}
+    common |= {"use_bias": config["use_bias"], "trainable": layer.trainable}
+    heads, width = config["num_heads"], config["key_dim"]
+    sizes = {"query": heads * width, "key": heads * width, "value": heads * (config["value_dim"] or width)}
+    dense = tf_keras.layers.Dense
+    return Attention(
+        [
+            *(dense(size, name=f"{name}_{part}", **common) for part, size in sizes.items()),
+            Scores(heads, causal.pop(), config["dropout"], name=f"{name}_scores", rng_type="stateful"),
+            dense(layer._output_dense.kernel.shape[-1], name=name, **common),
+        ]
+    )
+
+
 def _stochastic_depth(layer: Any, name: str) -> list[TwinLayer]:
     return [StochasticDepth(layer.drop_path_rate, rng_type="stateful", name=name)]
 
@@ -292,6 +395,7 @@ LAYERS: dict[str, Maker] = {
     "FusedBatchNormalization": _fused,
     "Lambda": _hosted,
     "LeakyReLU": _leaky_relu,
+    "MultiHeadAttention": _attention,
     "Normalization": _normalization,
     "SeparableConv1D": _separable,
     "SeparableConv2D": _separable,

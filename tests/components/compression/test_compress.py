@@ -307,8 +307,39 @@ def test_layers_that_tfmot_does_not_know_go_the_whole_way(batches, calibration, 
     assert (second.scales, second.distinct <= 6) == (16, True)
 
 
-def test_before_a_run_layers_with_a_quantization_are_not_called_untreated():
-    lines = unsupported(rows_model(), [parse_recipe("qat", {})])
+def attention_model() -> keras.Model:
+    """A block of a transformer over the rows of a picture."""
+    layers = keras.layers
+    image = keras.Input((8, 8, 1), name="image")
+    x = layers.Dense(16, name="rows")(layers.Reshape((8, 8))(image))
+    x = layers.Add()([x, layers.MultiHeadAttention(2, 8, name="attention")(x, x)])
+    x = layers.LayerNormalization(name="norm")(x)
+    return keras.Model(image, layers.Dense(3, name="logits")(layers.Flatten()(x)), name="block")
+
+
+@pytest.mark.slow  # a tree of its own
+def test_an_attention_goes_the_whole_way(batches, calibration, tmp_path):
+    keras.utils.set_random_seed(0)
+    base = trained(tmp_path / "base", attention_model())
+    made = carry_out("lowrank@0.7+prune+cluster+qat", tmp_path, base, batches, {})
+    promises = {promise.layer: promise for promise in made.promises}
+    kernels = [name for name in promises if name.startswith("attention")]
+    assert {"attention_query", "attention_key", "attention_value", "attention"} <= set(kernels)
+    assert all(promises[name].kind == "dense" for name in kernels)
+    assert {(promises[name].sparsity > 0.5, promises[name].distinct, promises[name].quantized) for name in kernels} == {
+        (True, 6, True)
+    }
+    assert [each for each in made.facts["untreated"] if each["reason"].startswith(("prune", "cluster", "qat"))] == []
+    (tmp_path / "file").mkdir()
+    proof = read_proof(file_of(made, tmp_path / "file", "int8", calibration).file)
+    assert check(proof, made.promises, "int8") == []
+    assert proof.float_operators == ()
+    assert {"BATCH_MATMUL", "SOFTMAX"} <= set(proof.operators)
+
+
+@pytest.mark.parametrize("build", [rows_model, attention_model])
+def test_before_a_run_layers_with_a_quantization_are_not_called_untreated(build):
+    lines = unsupported(build(), [parse_recipe("qat", {})])
     assert lines == []
 
 

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -14,7 +15,7 @@ from ai_edge_litert.interpreter import Interpreter
 from components.compression.kernels import kernels
 from components.compression.quantize import calibrate, choose_quantizable, kept, quantize, trained_kernels
 from components.compression.quantize_layers import Registry, RowConv1D, fresh
-from components.compression.twin_layers import hard_sigmoid, hard_silu
+from components.compression.twin_layers import LAYERS, hard_sigmoid, hard_silu
 from components.delivery.proof import Proof, read_proof
 from components.options import QatOptions
 
@@ -156,6 +157,37 @@ def test_layer_normalization_is_int8_all_through_with_ranges_of_the_converter_in
     assert set(made.proof.operators) == {*AROUND, "RESHAPE", "CONV_2D"} | inside
     assert made.proof.float_operators == ()
     assert made.off.mean() < 2
+
+
+def attend(x: Any, **options: Any) -> Any:
+    """A self-attention as the twin of a model has it."""
+    layer = keras.layers.MultiHeadAttention(2, 4, name="attention")
+    symbolic = keras.Input(x.shape[1:])
+    layer(symbolic, symbolic, **options)
+    return LAYERS["MultiHeadAttention"](layer, "attention")(x, x)
+
+
+def test_an_attention_is_int8_all_through_with_ranges_of_the_converter_inside(tmp_path):
+    made = make(ROW, attend, tmp_path)
+    inside = {"BATCH_MATMUL", "SOFTMAX", "MUL", "TRANSPOSE", "RESHAPE"}
+    assert set(made.proof.operators) - inside == set(AROUND)
+    assert made.proof.operators["FULLY_CONNECTED"] == 5
+    assert made.proof.float_operators == ()
+    assert set(made.proof.weight_dtypes) == {"int8"}
+    assert made.off.mean() < 2
+
+
+def test_the_kernels_of_an_attention_keep_zeros_and_clusters(tmp_path):
+    made = make(ROW, attend, tmp_path, keep=True)
+    trained = trained_kernels(made.model)
+    for name in ("attention_query", "attention_key", "attention_value", "attention"):
+        before, after = made.twin.get_layer(name).kernel.numpy(), trained[name]
+        np.testing.assert_array_equal(after == 0, before == 0)
+        assert 0 < np.mean(before == 0) < 1
+        assert len(np.unique(after)) <= len(np.unique(before))
+        (found,) = (each for each in made.proof.weights if f"quant_{name}/" in each.name)
+        assert found.sparsity >= np.mean(before == 0) - 1e-9
+        assert found.distinct <= len(np.unique(before))
 
 
 ROWS = {

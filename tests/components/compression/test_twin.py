@@ -68,6 +68,99 @@ def activations() -> keras.Model:
     return keras.Model(rows, x)
 
 
+def attending(options=(), call=(), other=False, mask=False) -> keras.Model:
+    """One attention over rows, or from rows to others; perhaps with a mask that the rows themselves give."""
+    rows = keras.Input((5, 8))
+    looked_at = [keras.Input((5, 7)), keras.Input((5, 6))] if other else [rows]
+    given = {"attention_mask": keras.ops.expand_dims(rows[..., 0] > -0.2, 1)} if mask else {}
+    layer = layers.MultiHeadAttention(2, 3, name="attention", **dict(options))
+    x = layer(rows, *looked_at, **given, **dict(call)) if other else layer(rows, rows, **given, **dict(call))
+    x = x[0] if isinstance(x, (tuple, list)) else x
+    return keras.Model([rows, *looked_at] if other else rows, layers.Dense(2)(x))
+
+
+ATTENTIONS = {
+    "itself": {},
+    "others, by keys of their own": {"other": True},
+    "wider values, no biases, dropout": {"options": {"value_dim": 5, "use_bias": False, "dropout": 0.5}},
+    "another width": {"options": {"output_shape": 4, "kernel_regularizer": "l2"}},
+    "what came before": {"call": {"use_causal_mask": True}},
+    "what a mask allows": {"mask": True},
+    "both": {"mask": True, "call": {"use_causal_mask": True}},
+}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_the_kernels_of_an_attention_are_dense_layers_of_the_twin(name):
+    model = scrambled(attending(**ATTENTIONS[name]))
+    twin = to_twin(model)
+    parts = ("attention_query", "attention_key", "attention_value", "attention")
+    assert all(type(twin.get_layer(part)) is tf_keras.layers.Dense for part in parts)
+    (attention,) = (layer for layer in model.layers if layer.name == "attention")
+    before = [weight.numpy().reshape(-1) for weight in attention.weights]
+    carried = [weight.numpy().reshape(-1) for part in parts for weight in twin.get_layer(part).weights]
+    assert len(before) == (4 if name.startswith("wider") else 8)
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(before, carried, strict=True))
+    again = tf_keras.models.model_from_json(twin.to_json())
+    again.set_weights(twin.get_weights())
+    examples = twins._examples(model)
+    feed = examples if len(examples) > 1 else examples[0]
+    np.testing.assert_allclose(again(feed), model(feed), rtol=1e-4, atol=1e-5)
+    for variable in twin.variables:
+        variable.assign(variable + 1)
+    made = from_twin(twin, model)
+    assert all(np.array_equal(new, old + 1) for new, old in zip(made.get_weights(), model.get_weights(), strict=True))
+
+
+def test_an_attention_drops_the_share_of_its_scores_that_it_should_in_training_alone():
+    twin = to_twin(scrambled(attending({"dropout": 0.5})))
+    scores = twin.get_layer("attention_scores")
+    same = [np.ones((4, 200, 6), np.float32)] * 3
+    np.testing.assert_allclose(scores(same, training=False), 1, rtol=1e-5)
+    found = scores(same, training=True).numpy()  # sums of kept scores, twice as large
+    assert found.mean() == pytest.approx(1, abs=0.02)
+    assert found[..., 0].std() == pytest.approx(1 / 200**0.5, rel=0.2)
+    assert not np.array_equal(found[..., 0], found[..., 3])
+
+
+def frozen_attention() -> keras.Model:
+    model = attending()
+    model.get_layer("attention").trainable = False
+    return model
+
+
+def test_a_frozen_attention_stays_frozen_and_regularizers_carry_over():
+    twin = to_twin(frozen_attention())
+    assert not twin.get_layer("attention_query").trainable
+    twin = to_twin(attending({"kernel_regularizer": keras.regularizers.L2(0.03)}))
+    assert twin.get_layer("attention_key").kernel_regularizer.l2 == pytest.approx(0.03)
+
+
+def masked_attention() -> keras.Model:
+    words = keras.Input((5,), dtype="int32")
+    x = layers.Embedding(9, 8, mask_zero=True)(words)
+    return keras.Model(words, layers.Dense(2)(layers.MultiHeadAttention(2, 3, name="attention")(x, x)))
+
+
+def attention_over_pictures() -> keras.Model:
+    picture = keras.Input((3, 4, 8))
+    return keras.Model(picture, layers.MultiHeadAttention(2, 3, name="attention")(picture, picture))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        masked_attention,
+        attention_over_pictures,
+        lambda: attending({"kernel_constraint": "max_norm"}),
+        lambda: attending(call={"return_attention_scores": True}),
+    ],
+)
+def test_an_unusual_attention_is_hosted_as_a_whole(build):
+    twin = to_twin(scrambled(build()))
+    assert type(twin.get_layer("attention")).__name__ == "Hosted"
+
+
 MODELS = [convolutions, two_ways_in_and_out, sequences, attention, activations]
 
 
