@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -233,6 +234,18 @@ def _separable(layer: Any, name: str) -> list[TwinLayer]:
     return [depthwise, pointwise, *behind]
 
 
+def _einsum_dense(layer: Any, name: str) -> list[TwinLayer]:
+    """A sum over the last axis alone is a dense layer, which tfmot knows."""
+    found = re.fullmatch(r"(\.\.\.|[a-z]+)([a-z]),\2([a-z])->\1\3", layer.equation)
+    if found is None or layer.bias_axes not in (None, found[3]):
+        return plain(layer, name)
+    inside, behind = _activation_of(layer, name)
+    kind = tf_keras.layers.Dense
+    made = translate(layer, kind, name, without="activation")
+    made |= {"units": layer.kernel.shape[-1], "use_bias": layer.bias is not None, "activation": inside}
+    return [kind(**made), *behind]
+
+
 def _normalization(layer: Any, name: str) -> list[TwinLayer]:
     mean, variance = (np.asarray(keras.ops.convert_to_numpy(each)) for each in (layer.mean, layer.variance))
     return [
@@ -392,6 +405,7 @@ def _hosted(layer: Any, name: str) -> list[TwinLayer]:
 
 LAYERS: dict[str, Maker] = {
     "Bidirectional": _bidirectional,
+    "EinsumDense": _einsum_dense,
     "FusedBatchNormalization": _fused,
     "Lambda": _hosted,
     "LeakyReLU": _leaky_relu,

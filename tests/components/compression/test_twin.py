@@ -112,6 +112,29 @@ def test_the_kernels_of_an_attention_are_dense_layers_of_the_twin(name):
     assert all(np.array_equal(new, old + 1) for new, old in zip(made.get_weights(), model.get_weights(), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("equation", "shape", "bias", "dense"),
+    [
+        ("abc,cd->abd", (None, 4), "d", True),
+        ("...x,xy->...y", 4, None, True),
+        ("abc,cd->abd", (None, 4), "bd", False),  # a bias by place
+        ("abc,bcd->abd", (5, 4), "d", False),  # a kernel by place
+        ("abc,cde->abde", (None, 2, 4), "de", False),
+    ],
+)
+def test_an_einsum_over_the_last_axis_is_a_dense_layer_of_the_twin(equation, shape, bias, dense):
+    shape = shape if bias != "bd" else (5, 4)
+    rows = keras.Input((5, 3))
+    x = layers.EinsumDense(equation, shape, bias_axes=bias, activation="hard_silu", name="sum")(rows)
+    model = scrambled(keras.Model(rows, x))
+    twin = to_twin(model)
+    assert type(twin.get_layer("sum")) is (tf_keras.layers.Dense if dense else tf_keras.layers.EinsumDense)
+    for variable in twin.variables:
+        variable.assign(variable + 1)
+    made = from_twin(twin, model)
+    assert all(np.array_equal(new, old + 1) for new, old in zip(made.get_weights(), model.get_weights(), strict=True))
+
+
 def test_an_attention_drops_the_share_of_its_scores_that_it_should_in_training_alone():
     twin = to_twin(scrambled(attending({"dropout": 0.5})))
     scores = twin.get_layer("attention_scores")
