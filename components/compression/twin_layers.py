@@ -318,7 +318,8 @@ class Scores(tf_keras.__internal__.layers.BaseRandomLayer):
             before = places[0][tf.newaxis] <= places[1][:, tf.newaxis]
             mask = before if mask is None else mask & before
         if mask is not None:
-            scores = tf.where(mask, scores, -1e9)
+            # Not -1e9, as Keras has it, which would leave int8 no range; exp(-20) is nothing beside any other place.
+            scores = tf.where(mask, scores, tf.reduce_min(scores, -1, keepdims=True) - 20.0)
         scores = tf.nn.softmax(scores)
         if training and self.dropout:
             kept = self._random_generator.random_uniform(tf.shape(scores)) >= self.dropout
