@@ -17,7 +17,7 @@ from components.artifacts import CompressedModel, Measured, TFLiteFile, TrainedM
 from components.delivery.select import REFERENCE
 from components.machine import processor
 from components.options import ExportOptions
-from components.recipe import RESCUE, Recipe, parse_recipe
+from components.recipe import IO, RESCUE, Recipe, parse_recipe
 from components.tracing import Trace
 from pipeline import results
 from pipeline.stage import Call, Stage
@@ -115,7 +115,9 @@ def _write(
     from components.delivery.export import export
 
     recipe = _recipe(call)
-    model, facts, promises = _model_to_export(call, steps)
+    # All that a rescue writes is alike, so that layers can be compared.
+    integers = recipe.format in (*IO, RESCUE)
+    model, facts, promises = _model_to_export(call, steps, integers=integers)
     calibration, labels = read(call.data, "calibration")
     return export(
         str(recipe),
@@ -145,7 +147,7 @@ def _rescue(call: Call, recipe: Recipe) -> None:
     from components.delivery.select import drop
 
     options, select = call.config.export, call.config.select
-    layers = layer_classes(_model_to_export(call, recipe.steps)[0])
+    layers = layer_classes(_model_to_export(call, recipe.steps, integers=True)[0])
     whole = Measured(call.takes[f"measure {REFERENCE}"]).variant
     inputs, labels = read(call.data, "validation")
     quiet = Trace(on_progress=call.trace.progress)  # int8 has said what there is to say of all these files
@@ -191,7 +193,9 @@ def _rescue_facts(config: Config) -> dict[str, Any]:
     }
 
 
-def _model_to_export(call: Call, steps: tuple[Any, ...]) -> tuple[Any, dict[str, Any], list[Any]]:
+def _model_to_export(
+    call: Call, steps: tuple[Any, ...], *, integers: bool = False
+) -> tuple[Any, dict[str, Any], list[Any]]:
     """The live model of these training steps, the facts of its artifact, and what the file must show."""
     if not steps:
         from components.training.model import load
@@ -200,7 +204,12 @@ def _model_to_export(call: Call, steps: tuple[Any, ...]) -> tuple[Any, dict[str,
 
         trained = TrainedModel(call.takes["train"])
         with whole_somewhere(make_split(call.config.strategy)):
-            return load(trained.file, call.config.model), trained.facts, []
+            model = load(trained.file, call.config.model)
+        if integers:
+            from components.compression.twin import for_integers
+
+            model = for_integers(model)
+        return model, trained.facts, []
     from components.compression.compress import load as load_compressed
 
     _know_layers(call)

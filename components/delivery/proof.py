@@ -294,7 +294,9 @@ class _Graph:
                 if tensor is None or name in STORAGE:
                     continue
                 if position == bias or self.dtype(tensor) not in ("int32", "int64", "bool", "string"):
-                    counted[tensor] = int(np.prod(self.graph.tensors[tensor].shape, dtype=np.int64))
+                    shape = self.graph.tensors[tensor].shape
+                    # Of a scalar the converter may leave it out.
+                    counted[tensor] = 1 if shape is None else int(np.prod(shape, dtype=np.int64))
         return sum(counted.values())
 
 

@@ -9,7 +9,7 @@ import tf_keras
 from keras import layers
 
 from components.compression import twin as twins
-from components.compression.twin import from_twin, same_kernels, to_twin
+from components.compression.twin import for_integers, from_twin, same_kernels, to_twin
 from components.errors import ModelError
 
 from .conftest import scrambled
@@ -182,6 +182,18 @@ def attention_over_pictures() -> keras.Model:
 def test_an_unusual_attention_is_hosted_as_a_whole(build):
     twin = to_twin(scrambled(build()))
     assert type(twin.get_layer("attention")).__name__ == "Hosted"
+
+
+@pytest.mark.parametrize("name", ["what came before", "what a mask allows"])
+def test_an_integer_file_is_made_of_the_twin_where_an_attention_has_a_mask(name):
+    made = for_integers(scrambled(attending(**ATTENTIONS[name])))
+    assert type(made.get_layer("attention_scores")).__name__ == "Scores"
+
+
+@pytest.mark.parametrize("build", [convolutions, attending, lambda: attending(call={"use_causal_mask": False})])
+def test_an_integer_file_is_made_of_the_model_itself_elsewhere(build):
+    model = build()
+    assert for_integers(model) is model
 
 
 MODELS = [convolutions, two_ways_in_and_out, sequences, attention, activations]

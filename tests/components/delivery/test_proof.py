@@ -215,6 +215,22 @@ def test_operators_that_are_not_built_in_break_the_promise(code, flex, custom, t
     assert (flex + custom)[0] in check(found, [], "float32")[0]
 
 
+def test_a_scalar_without_a_shape_is_one_parameter(tmp_path):
+    path = dense_file(tmp_path / "m.tflite", np.ones((3, 4), np.float32))
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(path.read_bytes(), 0))
+    (graph,) = model.subgraphs
+    scalar, data = schema.TensorT(), schema.BufferT()
+    scalar.name, scalar.type, scalar.buffer = "model/scale", TYPES["float32"], len(model.buffers)
+    data.data = np.frombuffer(np.float32(2).tobytes(), np.uint8)
+    graph.operators[0].inputs = np.array([0, 1, len(graph.tensors)], np.int32)
+    graph.tensors.append(scalar)
+    model.buffers.append(data)
+    builder = flatbuffers.Builder(1024)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    path.write_bytes(bytes(builder.Output()))
+    assert read_proof(path).parameters == 13
+
+
 def test_bytes_that_are_no_flatbuffer_are_refused_in_words(tmp_path):
     (tmp_path / "a").write_bytes(b"PK\x03\x04 this is a zip")
     with pytest.raises(ContractError, match=r"a: a \.tflite file holds 'TFL3' at byte 4, got b' thi'; pass a TFLite"):
