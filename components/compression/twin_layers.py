@@ -304,7 +304,7 @@ class Scores(tf_keras.__internal__.layers.BaseRandomLayer):
 
         Args:
           inputs: Queries float32 (batch, n, heads x d), keys (batch, m, heads x d), values (batch, m, heads x e), and perhaps
-            a mask that broadcasts to (batch, n, m), True where a place may be looked at.
+            a mask (batch, n, m), (batch, 1, m) or with an axis for heads, True where a place may be looked at.
           training: Whether a share `dropout` of the scores is dropped.
 
         Returns:
@@ -312,7 +312,9 @@ class Scores(tf_keras.__internal__.layers.BaseRandomLayer):
         """
         query, key, value = (self._by_head(each) for each in inputs[:3])
         scores = tf.einsum("bnhd,bmhd->bhnm", query * query.shape[-1] ** -0.5, key)
-        mask = tf.cast(inputs[3], tf.bool)[:, tf.newaxis] if len(inputs) > 3 else None
+        mask = tf.cast(inputs[3], tf.bool) if len(inputs) > 3 else None
+        if mask is not None and mask.shape.rank == 3:
+            mask = mask[:, tf.newaxis]
         if self.causal:
             places = tf.range(tf.shape(scores)[-1]), tf.range(tf.shape(scores)[-2])
             before = places[0][tf.newaxis] <= places[1][:, tf.newaxis]
@@ -357,6 +359,8 @@ class Attention(list[TwinLayer]):
         masked = any(getattr(each, "_keras_mask", None) is not None for each in given)
         if masked or any(each is not None and each is not False for each in others.values()):
             raise ValueError("the attention masks single places, or returns its scores")
+        if attention_mask is not None and len(getattr(attention_mask, "shape", ())) not in (3, 4):
+            raise ValueError("the attention has a mask for all examples together")
         *projections, scores, output = self
         found = [project(each) for project, each in zip(projections, given, strict=True)]
         return output(scores(found if attention_mask is None else [*found, attention_mask]))
@@ -382,14 +386,14 @@ def _attention(layer: Any, name: str) -> list[TwinLayer]:
     if any(unusual):
         raise ValueError("the attention is over more than the places of a sequence, gated, or constrained")
     common = {key: _value(layer, key, config[key]) for key in ("kernel_regularizer", "bias_regularizer")}
-    common |= {"use_bias": config["use_bias"], "trainable": layer.trainable}
+    common |= {"use_bias": config["use_bias"], "trainable": layer.trainable, "dtype": "float32"}
     heads, width = config["num_heads"], config["key_dim"]
     sizes = {"query": heads * width, "key": heads * width, "value": heads * (config["value_dim"] or width)}
     dense = tf_keras.layers.Dense
     return Attention(
         [
             *(dense(size, name=f"{name}_{part}", **common) for part, size in sizes.items()),
-            Scores(heads, causal.pop(), config["dropout"], name=f"{name}_scores", rng_type="stateful"),
+            Scores(heads, causal.pop(), config["dropout"], name=f"{name}_scores", dtype="float32", rng_type="stateful"),
             dense(layer._output_dense.kernel.shape[-1], name=name, **common),
         ]
     )

@@ -68,11 +68,11 @@ def activations() -> keras.Model:
     return keras.Model(rows, x)
 
 
-def attending(options=(), call=(), other=False, mask=False) -> keras.Model:
+def attending(options=(), call=(), other=False, mask=None) -> keras.Model:
     """One attention over rows, or from rows to others; perhaps with a mask that the rows themselves give."""
     rows = keras.Input((5, 8))
     looked_at = [keras.Input((5, 7)), keras.Input((5, 6))] if other else [rows]
-    given = {"attention_mask": keras.ops.expand_dims(rows[..., 0] > -0.2, 1)} if mask else {}
+    given = {"attention_mask": keras.ops.expand_dims(rows[..., 0] > -0.2, mask)} if mask else {}
     layer = layers.MultiHeadAttention(2, 3, name="attention", **dict(options))
     x = layer(rows, *looked_at, **given, **dict(call)) if other else layer(rows, rows, **given, **dict(call))
     x = x[0] if isinstance(x, (tuple, list)) else x
@@ -85,8 +85,10 @@ ATTENTIONS = {
     "wider values, no biases, dropout": {"options": {"value_dim": 5, "use_bias": False, "dropout": 0.5}},
     "another width": {"options": {"output_shape": 4, "kernel_regularizer": "l2"}},
     "what came before": {"call": {"use_causal_mask": True}},
-    "what a mask allows": {"mask": True},
-    "both": {"mask": True, "call": {"use_causal_mask": True}},
+    "what a mask allows": {"mask": 1},
+    "what a mask with an axis for heads allows": {"mask": (1, 2)},
+    "both": {"mask": 1, "call": {"use_causal_mask": True}},
+    "in bfloat16": {"options": {"dtype": "mixed_bfloat16"}, "call": {"use_causal_mask": True}},
 }
 
 
@@ -105,7 +107,9 @@ def test_the_kernels_of_an_attention_are_dense_layers_of_the_twin(name):
     again.set_weights(twin.get_weights())
     examples = twins._examples(model)
     feed = examples if len(examples) > 1 else examples[0]
-    np.testing.assert_allclose(again(feed), model(feed), rtol=1e-4, atol=1e-5)
+    tolerance = 0.05 if name == "in bfloat16" else 1e-5
+    np.testing.assert_allclose(again(feed), model(feed), rtol=1e-4, atol=tolerance)
+    assert {layer.compute_dtype for layer in twin.layers} == {"float32"}
     for variable in twin.variables:
         variable.assign(variable + 1)
     made = from_twin(twin, model)
@@ -177,6 +181,7 @@ def attention_over_pictures() -> keras.Model:
         attention_over_pictures,
         lambda: attending({"kernel_constraint": "max_norm"}),
         lambda: attending(call={"return_attention_scores": True}),
+        lambda: attending(call={"attention_mask": np.tri(5, dtype=bool)}),
     ],
 )
 def test_an_unusual_attention_is_hosted_as_a_whole(build):
