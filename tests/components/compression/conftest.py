@@ -119,7 +119,8 @@ def write_int8(model: Any, rows: np.ndarray, outputs: int, folder: pathlib.Path)
     spec = DataSpec(
         task="classification", input_name="x", input_shape=rows.shape[1:], labels=tuple(map(str, range(outputs)))
     )
-    return export("qat", "int8", model, spec, "logits", ExportOptions(), rows, folder, seed=0, trace=Trace()).file
+    exact = ExportOptions(short_scales=False)  # so that the file can be held against what was trained
+    return export("qat", "int8", model, spec, "logits", exact, rows, folder, seed=0, trace=Trace()).file
 
 
 @pytest.fixture(scope="session")
