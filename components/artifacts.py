@@ -225,6 +225,10 @@ class CompressedModel:
         return [Promise.from_json(layer) for layer in self.facts["layers"]]
 
 
+ATTENTION_PARTS = ("query", "key", "value", "scores")
+"""An attention 'a' is layers in its twin: 'a_query' and so on, and 'a' itself, its last kernel."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Promise:
     """What a compression step did to one kernel, to be found again in the file.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import random
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +20,18 @@ _FAREWELL = 10.0  # seconds that a stopped run waits for the thread
 
 class _CancelledError(Exception):
     """The run has ended otherwise."""
+
+
+def _draw_apart() -> None:
+    """Gives Beam a generator of random numbers of its own.
+
+    Its counters draw from Python's, which all threads share, and Keras draws the seeds of initial weights from the same: what a
+    model starts from would depend on how far the other thread is. One pass has run, so Beam's modules are loaded.
+    """
+    own = random.Random()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("apache_beam.") and getattr(module, "random", None) is random:
+            vars(module)["random"] = own
 
 
 class Ahead:
@@ -54,6 +68,7 @@ class Ahead:
                 # Read now, once: the file is gone when the artifact is there.
                 with contextlib.suppress(ContractError):
                     if opening.exists() and self.data.manifest:
+                        _draw_apart()
                         return True
                 if over:
                     return False

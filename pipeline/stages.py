@@ -205,10 +205,11 @@ def _model_to_export(
         trained = TrainedModel(call.takes["train"])
         with whole_somewhere(make_split(call.config.strategy)):
             model = load(trained.file, call.config.model)
-        if integers:
-            from components.compression.twin import for_integers
+            if integers:
+                from components.compression.twin import for_integers
 
-            model = for_integers(model)
+                _know_layers(call)
+                model = for_integers(model)
         return model, trained.facts, []
     from components.compression.compress import load as load_compressed
 

@@ -108,7 +108,7 @@ class Channels:
     def multiply_adds(self, kept: np.ndarray | None = None) -> int:
         """Of one example, in dense and convolution layers; `kept` as in `Flow`, None keeps all.
 
-        Recurrent layers, attention, normalization and sums are not counted.
+        Recurrent layers, the scores of an attention, normalization and sums are not counted.
         """
         mask = np.ones(self.count, bool) if kept is None else kept
         return sum(flow.multiply_adds(mask) for flow in self.flows.values())

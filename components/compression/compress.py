@@ -28,7 +28,7 @@ from components.compression.steps import (
     Done,
     Start,
     all_promises,
-    covering_factors,
+    covering_parts,
     set_trainable,
 )
 from components.compression.twin import to_twin
@@ -95,7 +95,7 @@ def compress(
         trace=trace,
         lesson=lesson,
     )
-    done = STEPS[step.name](start, step, covering_factors(options, start.reports), setting)
+    done = STEPS[step.name](start, step, covering_parts(options, start.twin, start.reports), setting)
     for each in done.untreated:
         trace.text("untreated", f"`{each.layer}` ({each.kind}): {each.reason}")
     return _save(folder, recipe, start, done, setting)
@@ -208,7 +208,7 @@ def unsupported(model: keras.Model, recipes: Iterable[Recipe], options: Compress
     if not steps:
         return []
     twin = to_twin(model)
-    options = options or CompressOptions()
+    options = covering_parts(options or CompressOptions(), twin, {})
     lines = []
     for step in steps.values():
         try:
@@ -239,6 +239,7 @@ def impossible(base: TrainedModel, steps: Iterable[Step], options: CompressOptio
         twin = _twin_of(base)
     except ModelError as error:
         return dict.fromkeys(map(str, steps), str(error))
+    options = covering_parts(options, twin, {})
     found = {}
     for step in steps:
         try:

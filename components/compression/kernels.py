@@ -144,7 +144,7 @@ class Chosen:
 def choose(twin: tf_keras.Model, refuse: Callable[[Kernel], str | None]) -> Chosen:
     """Asks `refuse` for a reason to leave each kernel alone; None treats it.
 
-    Layers that hold weights of two or more axes but no kernel known here (recurrent ones, attention) are left alone.
+    Layers that hold weights of two or more axes but no kernel known here (recurrent ones, hosted attention) are left alone.
     """
     found = {kernel.name: kernel for kernel in kernels(twin)}
     names, untreated = [], []

@@ -39,7 +39,7 @@ TWINS: dict[str, Callable[[Any, str], list[TwinLayer]]] = dict(LAYERS)
 """Layers that their configuration alone does not carry over, by class name; yours may be added.
 
 (Keras 3 layer, name for the twin) -> tf_keras layers that, called one after the other, do the same. Their weights taken
-together, in order, must be those of the Keras 3 layer, in any shape, or none at all. A tf_keras class of your own must be registered
+together, in order, must be those of the Keras 3 layer, axes side by side taken together or not, or none at all. A tf_keras class of your own must be registered
 with `tf_keras.saving.register_keras_serializable`, because compressed models are saved.
 
 A layer of yours without an entry is hosted: it trains and is exported, but tfmot leaves its weights alone. An entry that
@@ -116,7 +116,7 @@ def for_integers(model: keras.Model) -> Any:
         return model
     try:
         return to_twin(model)
-    except ModelError:
+    except ModelError:  # which a recipe that trains would say
         return model
 
 
@@ -164,6 +164,7 @@ class _Twins:
                 "build it with keras.Input and keras.Model(inputs, outputs)."
             )
         self.names = _names(model)
+        self.taken = {*self.names.values(), *(name for _, name in _inputs(model))}
         self.operations = {id(operation): operation for operation, _ in _walk(model)}
         self.made: dict[int, list[TwinLayer]] = {}
 
@@ -199,6 +200,8 @@ class _Twins:
     def _first_call(self, operation: Any, args: Any, kwargs: Any) -> Any:
         name = self.names[id(operation)]
         chain = [] if _gains_mask(operation, args, kwargs) else _native(operation, name)
+        if any(each.name in self.taken for each in chain if each.name != name):
+            chain = []  # a part of it would have the name of another layer
         try:
             value = _through(chain, operation, args, kwargs) if chain else None
         except (TypeError, ValueError):
@@ -334,11 +337,21 @@ def _set_weights(layer: keras.Layer, chain: list[TwinLayer], values: list[np.nda
 
 
 def _laid_out(values: list[np.ndarray], weights: Any) -> list[np.ndarray] | None:
-    """`values` in the shapes of `weights`: heads of an attention are an axis of their own in Keras 3. None: other sizes."""
+    """`values` in the shapes of `weights`, which may merge axes: heads of an attention are one of their own in Keras 3.
+
+    None: other shapes.
+    """
     shapes = [tuple(weight.shape) for weight in weights]
-    if [value.size for value in values] != [int(np.prod(shape)) for shape in shapes]:
+    if len(values) != len(shapes) or not all(map(_merge, (value.shape for value in values), shapes)):
         return None
     return [value.reshape(shape) for value, shape in zip(values, shapes, strict=True)]
+
+
+def _merge(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether the shapes are equal but for axes side by side that one of them takes together: (6, 2, 4) and (6, 8)."""
+    few, many = sorted((one, other), key=len)
+    ends = (set(np.cumprod(few).tolist()), set(np.cumprod(many).tolist()))
+    return few == many if len(few) == len(many) else np.prod(few) == np.prod(many) and ends[0] <= ends[1]
 
 
 def _shapes(weights: Any) -> str:

@@ -295,9 +295,12 @@ class StochasticDepth(tf_keras.__internal__.layers.BaseRandomLayer):
 class Scores(tf_keras.__internal__.layers.BaseRandomLayer):
     """softmax(Q K^T / sqrt(d)) V by head (Vaswani et al. 2017, arXiv 1706.03762): the part of an attention without weights."""
 
-    def __init__(self, heads: int, causal: bool = False, dropout: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self, heads: int, causal: bool = False, dropout: float = 0.0, allowed: Any = None, **kwargs: Any
+    ) -> None:
+        """Takes, beside what the attention is called with, a mask that is the same for all examples, as nested lists."""
         super().__init__(**kwargs)
-        self.heads, self.causal, self.dropout = heads, causal, dropout
+        self.heads, self.causal, self.dropout, self.allowed = heads, causal, dropout, allowed
 
     def call(self, inputs: Any, training: Any = None) -> tf.Tensor:
         """Attends.
@@ -311,8 +314,11 @@ class Scores(tf_keras.__internal__.layers.BaseRandomLayer):
           float32 (batch, n, heads x e).
         """
         query, key, value = (self._by_head(each) for each in inputs[:3])
-        scores = tf.einsum("bnhd,bmhd->bhnm", query * query.shape[-1] ** -0.5, key)
+        # Not before: the converter would fold the factor into the kernel of the query, and call it its own.
+        scores = tf.einsum("bnhd,bmhd->bhnm", query, key) * query.shape[-1] ** -0.5
         mask = tf.cast(inputs[3], tf.bool) if len(inputs) > 3 else None
+        if self.allowed is not None:
+            mask = tf.constant(self.allowed, tf.bool)
         if mask is not None and mask.shape.rank == 3:
             mask = mask[:, tf.newaxis]
         if self.causal:
@@ -334,7 +340,8 @@ class Scores(tf_keras.__internal__.layers.BaseRandomLayer):
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        own = {"heads": self.heads, "causal": self.causal, "dropout": self.dropout, "rng_type": "stateful"}
+        own = {"heads": self.heads, "causal": self.causal, "dropout": self.dropout, "allowed": self.allowed}
+        own["rng_type"] = "stateful"
         return super().get_config() | own
 
 
@@ -359,21 +366,19 @@ class Attention(list[TwinLayer]):
         masked = any(getattr(each, "_keras_mask", None) is not None for each in given)
         if masked or any(each is not None and each is not False for each in others.values()):
             raise ValueError("the attention masks single places, or returns its scores")
-        if attention_mask is not None and len(getattr(attention_mask, "shape", ())) not in (3, 4):
-            raise ValueError("the attention has a mask for all examples together")
         *projections, scores, output = self
         found = [project(each) for project, each in zip(projections, given, strict=True)]
-        return output(scores(found if attention_mask is None else [*found, attention_mask]))
+        own_mask = attention_mask is None or scores.allowed is not None
+        return output(scores(found if own_mask else [*found, attention_mask]))
 
 
 def _attention(layer: Any, name: str) -> list[TwinLayer]:
-    """Over the places of a sequence, in dense layers.
-
-    Raises:
-      ValueError: Anything else; Keras 3 computes that.
-    """
+    """Over the places of a sequence, in dense layers; anything else as tf_keras has it."""
     config = layer.get_config()
-    causal = {bool(node.arguments.kwargs.get("use_causal_mask")) for node in layer._inbound_nodes}
+    calls = [node.arguments.kwargs for node in layer._inbound_nodes]
+    causal = {bool(each.get("use_causal_mask")) for each in calls}
+    masks = [each["attention_mask"] for each in calls if each.get("attention_mask") is not None]
+    constant = [mask for mask in masks if not isinstance(mask, keras.KerasTensor)]
     unusual = (
         layer._query_dense.equation != "abc,cde->abde",
         layer._key_dense.equation != "abc,cde->abde",
@@ -381,10 +386,13 @@ def _attention(layer: Any, name: str) -> list[TwinLayer]:
         getattr(layer, "_use_gate", False),
         getattr(layer, "_sliding_window", None) is not None,
         len(causal) > 1,
+        len(calls) > 1 and constant,
+        any(each.get("return_attention_scores") for each in calls),
+        any(len(mask.shape) < 3 for mask in masks if isinstance(mask, keras.KerasTensor)),
         *(config.get(key) is not None for key in ("activity_regularizer", "kernel_constraint", "bias_constraint")),
     )
     if any(unusual):
-        raise ValueError("the attention is over more than the places of a sequence, gated, or constrained")
+        return plain(layer, name)
     common = {key: _value(layer, key, config[key]) for key in ("kernel_regularizer", "bias_regularizer")}
     common |= {"use_bias": config["use_bias"], "trainable": layer.trainable, "dtype": "float32"}
     heads, width = config["num_heads"], config["key_dim"]
@@ -393,10 +401,26 @@ def _attention(layer: Any, name: str) -> list[TwinLayer]:
     return Attention(
         [
             *(dense(size, name=f"{name}_{part}", **common) for part, size in sizes.items()),
-            Scores(heads, causal.pop(), config["dropout"], name=f"{name}_scores", dtype="float32", rng_type="stateful"),
+            Scores(
+                heads,
+                causal.pop(),
+                config["dropout"],
+                _allowed(constant[0]) if constant else None,
+                name=f"{name}_scores",
+                dtype="float32",
+                rng_type="stateful",
+            ),
             dense(layer._output_dense.kernel.shape[-1], name=name, **common),
         ]
     )
+
+
+def _allowed(mask: Any) -> Any:
+    """A constant mask (n, m), (1, n, m) or with an axis for heads, as nested lists with the axes of the scores."""
+    values = np.asarray(keras.ops.convert_to_numpy(mask)).astype(bool)
+    while values.ndim < 4:  # as Keras does
+        values = np.expand_dims(values, -3)
+    return values.tolist()
 
 
 def _stochastic_depth(layer: Any, name: str) -> list[TwinLayer]:

@@ -3,7 +3,7 @@
     flatbuffer --shorten()--> the same flatbuffer, whose scales are easy to compress
 
 The converter stores a float32 for each channel of each kernel, and one more for its bias, with 24 random bits apiece. In a
-small network that is a fifth of what a download costs, and far finer than codes of 8 bits can tell.
+network of many thin layers that is a sixth of what a download costs, and far finer than codes of 8 bits can tell.
 """
 
 from __future__ import annotations
@@ -123,7 +123,10 @@ class _Product:
             self.input.scales, self.input.before
         ):
             return
-        self.bias.scales[:] = self.input.scales * self.kernel.scales
+        made = self.input.scales * self.kernel.scales
+        if not (made > 0).all():  # too small for float32; then the bias in the old product is as near
+            return
+        self.bias.scales[:] = made
         limits = np.iinfo(self.bias.dtype)
         # Those of int64 are no floats, but no bias comes near them.
         codes = self.bias.codes * (self.bias.before.astype(np.float64) / self.bias.scales)
@@ -138,8 +141,7 @@ class _Graph:
         self.tensors = [_Tensor(graph.Tensors(place), buffers) for place in range(graph.TensorsLength())]
         ends = [graph.Inputs(place) for place in range(graph.InputsLength())]
         ends += [graph.Outputs(place) for place in range(graph.OutputsLength())]
-        # Ends of inner graphs have the scales of what calls them.
-        self.ends = [self.tensors[end] for end in ends] if number == 0 else []
+        self.ends = [self.tensors[end] for end in ends]
         self.products: list[_Product] = []
         self.others: list[tuple[str, list[_Tensor]]] = []
         for place in range(graph.OperatorsLength()):
@@ -160,7 +162,8 @@ def _product(name: str, read: Sequence[_Tensor | None]) -> _Product | None:
     """What an operator multiplies, where its scales may be rounded."""
     if name == "DEQUANTIZE":
         kernel = read[0]
-        return _Product(kernel) if kernel is not None and kernel.codes is not None and len(kernel.scales) else None
+        stored = kernel is not None and kernel.codes is not None and len(kernel.scales) and kernel.dtype not in WIDE
+        return _Product(kernel) if stored and kernel is not None else None
     if name not in PRODUCTS:
         return None
     input, kernel, bias = (read[position] if position < len(read) else None for position in PRODUCTS[name])
@@ -176,7 +179,7 @@ def _kept(graphs: Sequence[_Graph], products: Sequence[_Product]) -> set[float]:
     """Scales that must stay what they are."""
     left = [end for graph in graphs for end in graph.ends]
     for name, touched in (other for graph in graphs for other in graph.others):
-        unknown = name.startswith("CUSTOM:") or any(tensor.is_sum for tensor in touched)
+        unknown = name in PRODUCTS or name.startswith("CUSTOM:") or any(tensor.is_sum for tensor in touched)
         left += [tensor for tensor in touched if unknown or tensor.codes is not None]
     readers = collections.Counter(id(product.bias) for product in products)
     stored = collections.Counter(tensor.buffer for graph in graphs for tensor in graph.tensors)

@@ -1,6 +1,7 @@
 """Runs whose first epoch reads what preprocessing writes just then, against runs that go step by step."""
 
 import io
+import random
 import threading
 import time
 
@@ -85,6 +86,17 @@ def test_both_go_on_at_once_and_what_is_learned_is_the_same(tmp_path, rows):
     assert [line.split()[0] for line in lines] == ["cached", "cached"]
 
 
+def test_beam_draws_no_random_numbers_where_keras_draws_its_seeds(tmp_path, rows):
+    from apache_beam.runners.worker import opcounters
+
+    walked(configured(tmp_path / "one", rows), until="train")
+    random.seed(0)
+    before = random.getstate()
+    opcounters.random.randint(1, 10)
+    assert random.getstate() == before
+    assert opcounters.random is not random
+
+
 # Without validation rows nothing after the only epoch reads the data again.
 @pytest.mark.parametrize("validation", [0.1, 0])
 def test_rows_that_turn_out_malformed_start_the_training_again(validation, tmp_path):
@@ -162,8 +174,8 @@ def test_nobody_wants_a_preprocessing_whose_run_was_stopped(tmp_path):
     begun, seen = threading.Event(), []
 
     def work(pulse):
+        begun.set()  # first: `start` waits for the file alone
         (tmp_path / "partial" / OPENING).write_text('{"manifest": {"splits": {}}}')
-        begun.set()
         while True:
             pulse()
             seen.append(1)

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from components.artifacts import CompressedModel
+from components.artifacts import CompressedModel, Promise
 from components.compression.compress import compress, impossible, load, unsupported
 from components.delivery.export import export
 from components.delivery.proof import check, match, read_proof
@@ -307,6 +307,29 @@ def test_layers_that_tfmot_does_not_know_go_the_whole_way(batches, calibration, 
     assert (second.scales, second.distinct <= 6) == (16, True)
 
 
+@pytest.mark.parametrize("raised", [{"keep_float": ["attention"]}, {"int16": ["attention_query"]}])
+def test_the_kernels_of_an_attention_in_another_precision_keep_what_they_promised(
+    raised, batches, calibration, tmp_path
+):
+    keras.utils.set_random_seed(0)
+    base = trained(tmp_path / "base", attention_model())
+    short = OPTIONS.prune.model_copy(update={"epochs": 1})
+    made = carry_out("prune", tmp_path, base, batches, {}, options=OPTIONS.model_copy(update={"prune": short}))
+    (tmp_path / "file").mkdir()
+    options = ExportOptions(**raised)
+    given = ("int8", load(made), SPEC, "logits", options, calibration, tmp_path / "file")
+    file = export("prune+int8", *given, promises=made.promises, seed=0, trace=Trace())
+    proof = read_proof(file.file)
+    promises = [Promise(**{**each, "shape": tuple(each["shape"])}) for each in file.facts["promises"]]
+    assert check(proof, promises, "int8") == []
+    found = {promise.layer: kernel for promise, kernel in match(proof.weights, promises)}
+    whole = "keep_float" in raised
+    for part in ("attention_query", "attention_key", "attention_value", "attention"):
+        assert found[part].dtype == ("float32" if whole else "int8")
+        assert found[part].sparsity > 0.5
+    assert found["attention_query"].computes == ("float32" if whole else "int16")
+
+
 def attention_model() -> keras.Model:
     """A block of a transformer over the rows of a picture."""
     layers = keras.layers
@@ -335,6 +358,19 @@ def test_an_attention_goes_the_whole_way(batches, calibration, tmp_path):
     assert check(proof, made.promises, "int8") == []
     assert proof.float_operators == ()
     assert {"BATCH_MATMUL", "SOFTMAX"} <= set(proof.operators)
+
+
+def test_an_attention_that_is_excluded_is_left_alone_as_a_whole():
+    recipes = [parse_recipe(recipe, OPTIONS.strengths) for recipe in ("prune+cluster", "qat")]
+    sections = {
+        name: getattr(OPTIONS, name).model_copy(update={"exclude": ["attention"]})
+        for name in ("prune", "cluster", "qat")
+    }
+    lines = unsupported(attention_model(), recipes, OPTIONS.model_copy(update=sections))
+    for part in ("attention_query", "attention_key", "attention_value", "attention"):
+        for step in ("prune", "cluster", "qat"):
+            assert f"{step} leaves layer '{part}' (Dense) alone: excluded by compress.{step}.exclude" in lines
+    assert "qat leaves layer 'attention_scores' (Scores) alone: excluded by compress.qat.exclude" in lines
 
 
 @pytest.mark.parametrize("build", [rows_model, attention_model])

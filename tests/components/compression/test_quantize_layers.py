@@ -177,8 +177,9 @@ def test_an_attention_is_int8_all_through_with_ranges_of_the_converter_inside(tm
     assert made.off.mean() < 2
 
 
-def test_an_attention_that_looks_back_alone_keeps_a_range_for_its_scores(tmp_path):
-    made = make(ROW, lambda x: attend(x, use_causal_mask=True), tmp_path)
+@pytest.mark.parametrize("call", [{"use_causal_mask": True}, {"attention_mask": np.tri(16, dtype=bool)}])
+def test_an_attention_that_looks_back_alone_keeps_a_range_for_its_scores(call, tmp_path):
+    made = make(ROW, lambda x: attend(x, **call), tmp_path)
     assert made.proof.float_operators == ()
     assert {"BATCH_MATMUL", "SOFTMAX", "SELECT_V2", "REDUCE_MIN"} <= set(made.proof.operators)
     assert made.off.mean() < 2

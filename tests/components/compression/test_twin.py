@@ -87,6 +87,8 @@ ATTENTIONS = {
     "what came before": {"call": {"use_causal_mask": True}},
     "what a mask allows": {"mask": 1},
     "what a mask with an axis for heads allows": {"mask": (1, 2)},
+    "what a constant allows": {"call": {"attention_mask": np.tri(5, dtype=bool)}},
+    "what a constant of three axes allows": {"call": {"attention_mask": np.tri(5)[np.newaxis]}},
     "both": {"mask": 1, "call": {"use_causal_mask": True}},
     "in bfloat16": {"options": {"dtype": "mixed_bfloat16"}, "call": {"use_causal_mask": True}},
 }
@@ -174,22 +176,58 @@ def attention_over_pictures() -> keras.Model:
     return keras.Model(picture, layers.MultiHeadAttention(2, 3, name="attention")(picture, picture))
 
 
+def called_in_two_ways(**second) -> keras.Model:
+    rows = keras.Input((5, 8))
+    layer = layers.MultiHeadAttention(2, 4, name="attention")
+    x = layer(layer(rows, rows), rows, **second)
+    return keras.Model(rows, x[0] if isinstance(x, (tuple, list)) else x)
+
+
+def beside_a_namesake(kind: str) -> keras.Model:
+    rows = keras.Input((5, 8), name="attention_query" if kind == "input" else "rows")
+    x = layers.Dense(8, name="attention_query")(rows) if kind == "layer" else rows
+    return keras.Model(rows, layers.MultiHeadAttention(2, 4, name="attention")(x, x, use_causal_mask=True))
+
+
 @pytest.mark.parametrize(
-    "build",
+    ("build", "kind"),
     [
-        masked_attention,
-        attention_over_pictures,
-        lambda: attending({"kernel_constraint": "max_norm"}),
-        lambda: attending(call={"return_attention_scores": True}),
-        lambda: attending(call={"attention_mask": np.tri(5, dtype=bool)}),
+        (masked_attention, "Hosted"),
+        (attention_over_pictures, "MultiHeadAttention"),
+        (lambda: attending({"kernel_constraint": "max_norm"}), "MultiHeadAttention"),
+        (lambda: attending(call={"return_attention_scores": True}), "MultiHeadAttention"),
+        (lambda: called_in_two_ways(use_causal_mask=True), "MultiHeadAttention"),
+        (lambda: called_in_two_ways(return_attention_scores=True), "MultiHeadAttention"),
+        (lambda: called_in_two_ways(attention_mask=np.tri(5, dtype=bool)), "MultiHeadAttention"),
+        (lambda: beside_a_namesake("layer"), "Hosted"),
+        (lambda: beside_a_namesake("input"), "Hosted"),
     ],
 )
-def test_an_unusual_attention_is_hosted_as_a_whole(build):
-    twin = to_twin(scrambled(build()))
-    assert type(twin.get_layer("attention")).__name__ == "Hosted"
+def test_an_unusual_attention_is_one_layer_of_the_twin(build, kind):
+    model = scrambled(build())
+    twin = to_twin(model)
+    assert type(twin.get_layer("attention")).__name__ == kind
+    assert from_twin(twin, model).count_params() == model.count_params()
 
 
-@pytest.mark.parametrize("name", ["what came before", "what a mask allows"])
+@pytest.mark.parametrize("second", [{}, {"attention_mask": "rows"}])
+def test_a_shared_attention_is_shared_in_the_twin(second):
+    rows = keras.Input((5, 8))
+    layer = layers.MultiHeadAttention(2, 4, name="attention")
+    given = {"attention_mask": keras.ops.expand_dims(rows[..., 0] > -0.2, 1)} if second else {}
+    twin = to_twin(scrambled(keras.Model(rows, layer(layer(rows, rows), rows, **given))))
+    assert len(twin.get_layer("attention_query")._inbound_nodes) == 2
+
+
+def test_a_twin_of_another_model_does_not_come_back():
+    one, other = (
+        keras.Sequential([keras.Input((size,)), layers.Dense(7 - size, use_bias=False, name="d")]) for size in (3, 4)
+    )
+    with pytest.raises(ModelError, match=r"twin of layer 'd' \(Dense\): expected weights \(4, 3\), got \(3, 4\)"):
+        from_twin(to_twin(one), other)
+
+
+@pytest.mark.parametrize("name", ["what came before", "what a mask allows", "what a constant allows"])
 def test_an_integer_file_is_made_of_the_twin_where_an_attention_has_a_mask(name):
     made = for_integers(scrambled(attending(**ATTENTIONS[name])))
     assert type(made.get_layer("attention_scores")).__name__ == "Scores"
