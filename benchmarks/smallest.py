@@ -66,6 +66,12 @@ def run(settings: list[str]) -> dict[str, Any]:
     return {variant["recipe"]: variant for variant in results.variants}
 
 
+def converters(settings: list[str]) -> int:
+    """gzip bytes of the int8 file as the TFLite converter writes it."""
+    plain = [*settings, "export.short_scales=false", "compress.recipes=[int8]"]
+    return int(run(plain)["int8"]["gzip_bytes"])
+
+
 def accuracy(variants: Mapping[str, Any]) -> dict[str, float]:
     """Of the int8 file that answers best on validation rows, on the test split."""
     made = [variants[recipe] for recipe in ("int8", "qat") if variants[recipe]["status"] == "ok"]
@@ -105,9 +111,7 @@ def main() -> None:
         for seed in options.seeds:
             settings = [f"name={work}-{seed}", f"seed={seed}", f"workspace={options.workspace}", *WORKS[work]]
             variants = run(settings)
-            # The alternative is the converter's file as it writes it.
-            plain = [*settings, "export.short_scales=false", "compress.recipes=[int8]"]
-            found.append(accuracy(variants) if work in BARS else quarter(variants, run(plain)["int8"]["gzip_bytes"]))
+            found.append(accuracy(variants) if work in BARS else quarter(variants, converters(settings)))
             print(f"{work} seed {seed}: {said(found[-1])}", flush=True)
         mean = {key: statistics.fmean(each[key] for each in found) for key in found[0]}
         print(f"{work} mean: {said(mean)}: {'reached' if reached(work, mean) else 'MISSED'}")

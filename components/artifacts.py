@@ -225,8 +225,13 @@ class CompressedModel:
         return [Promise.from_json(layer) for layer in self.facts["layers"]]
 
 
-ATTENTION_PARTS = ("query", "key", "value", "scores")
-"""An attention 'a' is layers in its twin: 'a_query' and so on, and 'a' itself, its last kernel."""
+def attention_parts(name: str) -> list[str]:
+    """The layers of an attention's twin beside its last kernel, which has the attention's own name; scores last.
+
+    >>> attention_parts("a")
+    ['a_query', 'a_key', 'a_value', 'a_scores']
+    """
+    return [f"{name}_{part}" for part in ("query", "key", "value", "scores")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

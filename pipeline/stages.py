@@ -197,6 +197,7 @@ def _model_to_export(
     call: Call, steps: tuple[Any, ...], *, integers: bool = False
 ) -> tuple[Any, dict[str, Any], list[Any]]:
     """The live model of these training steps, the facts of its artifact, and what the file must show."""
+    _know_layers(call)
     if not steps:
         from components.training.model import load
         from components.training.split import whole_somewhere
@@ -208,12 +209,10 @@ def _model_to_export(
             if integers:
                 from components.compression.twin import for_integers
 
-                _know_layers(call)
                 model = for_integers(model)
         return model, trained.facts, []
     from components.compression.compress import load as load_compressed
 
-    _know_layers(call)
     compressed = CompressedModel(call.demand(prefix_name(steps)))
     return load_compressed(compressed), compressed.facts, compressed.promises
 

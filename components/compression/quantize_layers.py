@@ -34,7 +34,7 @@ from tensorflow_model_optimization.python.core.quantization.keras.default_8bit i
 )
 from tensorflow_model_optimization.python.core.quantization.keras.graph_transformations import transforms
 
-from components.compression.twin_layers import Scores
+from components.compression.attention import Scores
 
 _layers = tf_keras.layers
 _THEIR_ACTIVATIONS = (

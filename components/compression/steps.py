@@ -14,16 +14,16 @@ import numpy as np
 import tensorflow_model_optimization as tfmot
 import tf_keras
 
-from components.artifacts import ATTENTION_PARTS, Promise
+from components.artifacts import Promise, attention_parts
 from components.compression import channels as shrinking
 from components.compression import cluster as clustering
 from components.compression import lowrank
 from components.compression import prune as pruning
 from components.compression import quantize as quantization
+from components.compression.attention import Scores
 from components.compression.finetune import Setting, finetune
 from components.compression.kernels import Chosen, Untreated, kernels, sparsity
 from components.compression.quantize import Kept
-from components.compression.twin_layers import Scores
 from components.errors import ModelError
 from components.options import CompressOptions
 from components.recipe import Step
@@ -261,15 +261,14 @@ def all_promises(start: Start, done: Done) -> list[Promise]:
 
 def covering_parts(options: CompressOptions, twin: tf_keras.Model, reports: Mapping[str, Any]) -> CompressOptions:
     """Excludes every part of a layer that the user excluded: of an attention, and of what an earlier step factorised."""
-    names = {layer.name for layer in twin.layers}
-    attentions = {name.removesuffix("_scores") for name in names if isinstance(twin.get_layer(name), Scores)}
+    scores = {layer.name for layer in twin.layers if isinstance(layer, Scores)}
     found = [report for step, report in reports.items() if step.startswith("lowrank")]
     factors = {name: each["factor"] for report in found for name, each in report.items()}
     changed = {}
     for name in STEPS:
         section = getattr(options, name)
-        excluded = list(section.exclude)
-        excluded += [f"{layer}_{part}" for layer in section.exclude if layer in attentions for part in ATTENTION_PARTS]
+        parts = [attention_parts(layer) for layer in section.exclude]
+        excluded = [*section.exclude, *(each for names in parts if names[-1] in scores for each in names)]
         excluded += [factors[layer] for layer in excluded if layer in factors]
         changed[name] = section.model_copy(update={"exclude": list(dict.fromkeys(excluded))})
     return options.model_copy(update=changed)

@@ -24,8 +24,9 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
+from components.compression.attention import Attention, Scores
 from components.compression.hosted import Hosted, carried, host, is_symbolic
-from components.compression.twin_layers import LAYERS, OPERATIONS, Attention, TwinLayer, plain
+from components.compression.twin_layers import LAYERS, OPERATIONS, TwinLayer, plain
 from components.errors import ModelError
 
 # Largest difference of the outputs over their largest magnitude, with `same_kernels`.
@@ -39,8 +40,8 @@ TWINS: dict[str, Callable[[Any, str], list[TwinLayer]]] = dict(LAYERS)
 """Layers that their configuration alone does not carry over, by class name; yours may be added.
 
 (Keras 3 layer, name for the twin) -> tf_keras layers that, called one after the other, do the same. Their weights taken
-together, in order, must be those of the Keras 3 layer, axes side by side taken together or not, or none at all. A tf_keras class of your own must be registered
-with `tf_keras.saving.register_keras_serializable`, because compressed models are saved.
+together, in order, must be those of the Keras 3 layer, or none at all; axes that stand side by side may be one. A tf_keras
+class of your own must be registered with `tf_keras.saving.register_keras_serializable`, because compressed models are saved.
 
 A layer of yours without an entry is hosted: it trains and is exported, but tfmot leaves its weights alone. An entry that
 says it in layers that tfmot knows opens them to pruning, clustering and quantization.
@@ -104,10 +105,10 @@ def from_twin(twin: tf_keras.Model, like: keras.Model) -> keras.Model:
 
 
 def for_integers(model: keras.Model) -> Any:
-    """What an integer file should be made of: `model` itself, or its twin where an attention of it has a mask.
+    """What an integer file should be made of: `model`, or its twin where that keeps a range for the scores of a masked attention.
 
-    Keras 3 masks with -1e9 and less, so that all scores that count share one code; the twin keeps a range for them. Over random rows,
-    12 places, the int8 file of a causal attention is off by 0.40 of the outputs' spread, that of its twin by 0.03.
+    Keras 3 masks with -1e9 and less, so that all scores that count share one code. Over random rows, 12 places, the int8 file of
+    a causal attention is off by 0.40 of the outputs' spread, that of its twin by 0.03.
 
     Args:
       model: Built.
@@ -115,9 +116,10 @@ def for_integers(model: keras.Model) -> Any:
     if not _is_graph(model) or not any(_has_mask(operation) for operation, _ in _walk(model)):
         return model
     try:
-        return to_twin(model)
-    except ModelError:  # which a recipe that trains would say
+        twin = to_twin(model)
+    except ModelError:  # nothing that the file needs: it is written as Keras 3 has it
         return model
+    return twin if any(isinstance(layer, Scores) for layer in twin.layers) else model
 
 
 def _has_mask(operation: Any) -> bool:
@@ -229,10 +231,10 @@ def _run(model: keras.Model, inputs: list[Any], call: Callable[[Any, Any, Any], 
 
 
 def _through(chain: list[TwinLayer], operation: Any, args: Any, kwargs: Any) -> Any:
-    """Calls the twin layers of `operation` one after the other, on tensors with values or without."""
-    first, *rest = chain
+    """Calls the twin layers of `operation`, mostly one after the other, on tensors with values or without."""
     if isinstance(chain, Attention):
         return chain(*args, **_without_masks(args, kwargs))
+    first, *rest = chain
     if isinstance(first, Hosted):
         value = first(_one_or_all(first.inputs_among(args, kwargs)))
     elif isinstance(operation, keras.Layer):
@@ -342,16 +344,18 @@ def _laid_out(values: list[np.ndarray], weights: Any) -> list[np.ndarray] | None
     None: other shapes.
     """
     shapes = [tuple(weight.shape) for weight in weights]
-    if len(values) != len(shapes) or not all(map(_merge, (value.shape for value in values), shapes)):
+    if len(values) != len(shapes) or not all(map(_agree, (value.shape for value in values), shapes)):
         return None
     return [value.reshape(shape) for value, shape in zip(values, shapes, strict=True)]
 
 
-def _merge(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+def _agree(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
     """Whether the shapes are equal but for axes side by side that one of them takes together: (6, 2, 4) and (6, 8)."""
     few, many = sorted((one, other), key=len)
-    ends = (set(np.cumprod(few).tolist()), set(np.cumprod(many).tolist()))
-    return few == many if len(few) == len(many) else np.prod(few) == np.prod(many) and ends[0] <= ends[1]
+    if len(few) == len(many):
+        return few == many
+    few_ends, many_ends = (set(np.cumprod(shape).tolist()) for shape in (few, many))
+    return bool(np.prod(few) == np.prod(many)) and few_ends <= many_ends
 
 
 def _shapes(weights: Any) -> str:

@@ -37,7 +37,7 @@ from components.delivery.formats import WEIGHT_BITS, weight_dtype
 from components.delivery.integers import in_integers
 from components.delivery.owners import layer_classes, operations
 from components.delivery.proof import KERNELS, OPERATORS_OF_KIND, Proof, read_proof
-from components.delivery.scales import shorten
+from components.delivery.scales import as_asked
 from components.errors import ConfigError, ModelError
 from components.options import ExportOptions
 from components.recipe import FORMATS, IO
@@ -145,8 +145,8 @@ def export(
     if format in WEIGHT_BITS:
         untreated = [*untreated, *_wider(file.file.read_bytes(), format, model)]
         file.file.write_bytes(weights_only(file.file, WEIGHT_BITS[format]))
-    if options.short_scales and format in ("dynamic", *WEIGHT_BITS):
-        file.file.write_bytes(shorten(file.file.read_bytes()))
+    if format in ("dynamic", *WEIGHT_BITS):
+        file.file.write_bytes(as_asked(file.file.read_bytes(), options))
     _write_face(file, recipe, format, output_name, promises, untreated, trace)
     return file
 

@@ -23,7 +23,7 @@ from components.delivery.edge_quantizer import mixed
 from components.delivery.owners import RETYPES
 from components.delivery.precision import kept_in_float, precisions, promised
 from components.delivery.proof import Kernel, read_proof
-from components.delivery.scales import shorten
+from components.delivery.scales import as_asked
 from components.errors import ConfigError
 from components.options import ExportOptions
 
@@ -80,7 +80,7 @@ def in_integers(
             )
         taken = np.sort(rows.order[: options.calibration_examples or CALIBRATION_LIMIT])
         found = {"ranges": "trained", "rows": len(taken)}
-        content = _finished(convert(format, rows.inputs[taken]), options)
+        content = as_asked(convert(format, rows.inputs[taken]), options)
         return Integers(content=content, calibration=found, promises=list(promises), untreated=list(untreated))
     float_content = convert("float32")
     float_file = Activations(float_content, list(classes))
@@ -92,17 +92,13 @@ def in_integers(
         untreated = [*untreated, *kept_in_float(float_file.operations, chosen, classes)]
     else:
         content = convert(format, rows.inputs[calibration.rows])
-    content = _finished(content, options)
+    content = as_asked(content, options)
     return Integers(
         content=content,
         calibration=_found(calibration, Activations(content, list(classes)), float_file, rows),
         promises=list(promises),
         untreated=list(untreated),
     )
-
-
-def _finished(content: bytes, options: ExportOptions) -> bytes:
-    return shorten(content) if options.short_scales else content
 
 
 def _found(calibration: Calibration, file: Activations, float_file: Activations, rows: Rows) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from components.artifacts import ATTENTION_PARTS, Promise
+from components.artifacts import Promise, attention_parts
 from components.delivery.owners import Operation
 from components.delivery.proof import OPERATORS_OF_KIND, Kernel, fits
 from components.errors import ConfigError
@@ -42,7 +42,8 @@ def precisions(operations: Sequence[Operation], classes: Mapping[str, str], opti
 def _outputs(key: str, pattern: str, operations: Sequence[Operation], classes: Mapping[str, str]) -> list[str]:
     layers = {layer for layer in classes if layer == pattern or re.fullmatch(pattern, layer)}
     # The name of an attention means all that its twin makes of it.
-    layers |= {f"{layer}_{part}" for layer in layers if f"{layer}_scores" in classes for part in ATTENTION_PARTS}
+    parts = [attention_parts(layer) for layer in layers]
+    layers.update(each for names in parts if classes.get(names[-1]) == "Scores" for each in names)
     if not layers:
         near = difflib.get_close_matches(pattern, classes, 1, 0.0)
         raise ConfigError(f"{key}: the model has no layer '{pattern}'; did you mean '{near[0]}'?")

@@ -41,7 +41,7 @@ class ExportOptions(Options):
     )
     short_scales: bool = Field(
         True,
-        description="Scales of integer files are rounded to 8 significant bits (kernels) and 6 (activations, upwards), so that a download "
+        description="Scales of integer kernels and activations are rounded to 8 and 6 significant bits, the latter upwards, so that a download "
         "is smaller; false: as the TFLite converter writes them.",
     )
     rescue: RescueOptions = RescueOptions()

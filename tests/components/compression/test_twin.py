@@ -219,6 +219,18 @@ def test_a_shared_attention_is_shared_in_the_twin(second):
     assert len(twin.get_layer("attention_query")._inbound_nodes) == 2
 
 
+@pytest.mark.parametrize(
+    ("shape", "fits"),
+    [((6, 8), True), ((6, 2, 4), True), ((48,), True), ((8, 6), False), ((4, 3, 4), False), ((6, 9), False)],
+)
+def test_axes_side_by_side_may_be_one_and_no_others(shape, fits):
+    values = [np.arange(48.0).reshape(6, 8)]
+    found = twins._laid_out(values, [np.zeros(shape)])
+    assert (found is not None) == fits
+    if found is not None:
+        np.testing.assert_array_equal(found[0].reshape(-1), np.arange(48))
+
+
 def test_a_twin_of_another_model_does_not_come_back():
     one, other = (
         keras.Sequential([keras.Input((size,)), layers.Dense(7 - size, use_bias=False, name="d")]) for size in (3, 4)
@@ -233,7 +245,16 @@ def test_an_integer_file_is_made_of_the_twin_where_an_attention_has_a_mask(name)
     assert type(made.get_layer("attention_scores")).__name__ == "Scores"
 
 
-@pytest.mark.parametrize("build", [convolutions, attending, lambda: attending(call={"use_causal_mask": False})])
+@pytest.mark.parametrize(
+    "build",
+    [
+        convolutions,
+        attending,
+        lambda: attending(call={"use_causal_mask": False}),
+        lambda: called_in_two_ways(use_causal_mask=True),  # whose twin masks as Keras 3 does
+        lambda: beside_a_namesake("layer"),
+    ],
+)
 def test_an_integer_file_is_made_of_the_model_itself_elsewhere(build):
     model = build()
     assert for_integers(model) is model

@@ -3,9 +3,11 @@
 import dataclasses
 import pathlib
 
+import flatbuffers
 import keras
 import numpy as np
 import pytest
+from ai_edge_litert.interpreter import Interpreter
 
 from components.artifacts import Batches, DataSpec, PreparedData, TFLiteFile
 from components.data.dataset import make_batches, read
@@ -27,6 +29,26 @@ from components.options import (
 from components.tracing import Trace
 
 ROWS = 240
+
+
+def pack(model):
+    """The file of a model of objects, `schema.ModelT`."""
+    builder = flatbuffers.Builder(1024)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
+def answers(content, inputs, **options):
+    """float32 answers of a file with float input and output, one example at a time; options of the interpreter."""
+    interpreter = Interpreter(model_content=content, num_threads=1, **options)
+    interpreter.allocate_tensors()
+    source, sink = interpreter.get_input_details()[0]["index"], interpreter.get_output_details()[0]["index"]
+    found = []
+    for example in inputs:
+        interpreter.set_tensor(source, example[np.newaxis])
+        interpreter.invoke()
+        found.append(interpreter.get_tensor(sink)[0])
+    return np.array(found)
 
 
 @dataclasses.dataclass(frozen=True)

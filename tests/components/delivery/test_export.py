@@ -17,6 +17,7 @@ from components.errors import ConfigError, ContractError, ModelError
 from components.options import ExportOptions
 from components.recipe import FORMATS, IO
 from components.tracing import Trace
+from tests.components.delivery.conftest import answers
 
 SPEC = DataSpec(task="classification", input_name="image", input_shape=(8, 8, 1), labels=("a", "b", "c"))
 
@@ -56,16 +57,7 @@ def write(model, folder, format="float32", *, calibration=None, options=None, sp
 
 
 def run(file, inputs):
-    """float32 answers of a file with float input and output, one example at a time."""
-    interpreter = Interpreter(str(file.file), num_threads=1)
-    interpreter.allocate_tensors()
-    source, sink = interpreter.get_input_details()[0]["index"], interpreter.get_output_details()[0]["index"]
-    answers = []
-    for example in inputs:
-        interpreter.set_tensor(source, example[np.newaxis])
-        interpreter.invoke()
-        answers.append(interpreter.get_tensor(sink)[0])
-    return np.array(answers)
+    return answers(file.file.read_bytes(), inputs)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import pathlib
 import subprocess
 import sys
 
-import flatbuffers
 import keras
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from components.artifacts import Promise
 from components.delivery.proof import Kernel, Proof, check, match, read_proof
 from components.delivery.zeros import Zeros
 from components.errors import ContractError
+from tests.components.delivery.conftest import pack
 
 TYPES = {"float32": 0, "float16": 1, "int8": 9, "int4": 17}
 
@@ -56,9 +56,7 @@ def dense_file(path, kernel, dtype="float32", scales=None, zero_points=None, cus
     data.data = np.frombuffer((kernel if packed is None else packed).tobytes(), np.uint8)
     model = schema.ModelT()
     model.version, model.operatorCodes, model.subgraphs, model.buffers = 3, [code], [graph], [schema.BufferT(), data]
-    builder = flatbuffers.Builder(1024)
-    builder.Finish(model.Pack(builder), b"TFL3")
-    path.write_bytes(bytes(builder.Output()))
+    path.write_bytes(pack(model))
     return path
 
 
@@ -225,9 +223,7 @@ def test_a_scalar_without_a_shape_is_one_parameter(tmp_path):
     graph.operators[0].inputs = np.array([0, 1, len(graph.tensors)], np.int32)
     graph.tensors.append(scalar)
     model.buffers.append(data)
-    builder = flatbuffers.Builder(1024)
-    builder.Finish(model.Pack(builder), b"TFL3")
-    path.write_bytes(bytes(builder.Output()))
+    path.write_bytes(pack(model))
     assert read_proof(path).parameters == 13
 
 

@@ -14,6 +14,7 @@ from components.delivery.scales import ACTIVATION_BITS, KERNEL_BITS, PRODUCTS, r
 from components.options import ExportOptions
 from components.recipe import IO
 from components.tracing import Trace
+from tests.components.delivery.conftest import answers, pack
 
 EXACT = ExportOptions(short_scales=False)
 SPEC = DataSpec(task="classification", input_name="image", input_shape=(12, 12, 2), labels=("a", "b", "c"))
@@ -71,20 +72,13 @@ def scales(tensor):
     )
 
 
-def answers(content, inputs, folder):
+def both_answers(content, inputs, folder):
     """By XNNPACK and by the built-in kernels."""
     (folder / "m.tflite").write_bytes(content)
-    plain = Interpreter(
-        model_content=content, experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    return np.stack(
+        [predict(folder / "m.tflite", inputs), answers(content, inputs, experimental_op_resolver_type=plain)]
     )
-    plain.allocate_tensors()
-    source, sink = plain.get_input_details()[0]["index"], plain.get_output_details()[0]["index"]
-    found = []
-    for example in inputs:
-        plain.set_tensor(source, example[np.newaxis])
-        plain.invoke()
-        found.append(plain.get_tensor(sink)[0])
-    return np.stack([predict(folder / "m.tflite", inputs), np.array(found)])
 
 
 def is_short(values, bits):
@@ -159,7 +153,7 @@ def test_what_shares_a_scale_goes_on_sharing_it_and_the_answers_stay(tied, pictu
         if len(scales(now)) == 1
     }
     assert len(pairs) == len({was for was, _ in pairs})
-    exact, short = answers(tied, pictures, tmp_path), answers(shorten(tied), pictures, tmp_path)
+    exact, short = both_answers(tied, pictures, tmp_path), both_answers(shorten(tied), pictures, tmp_path)
     wanted = tied_network()(pictures, training=False).numpy()
     assert wanted.std(axis=0).min() > 0.001
     for kernels in (0, 1):
@@ -234,15 +228,7 @@ def test_an_embedding_and_what_is_read_from_it_keep_one_scale(tmp_path):
     table, taken = int(read.inputs[0]), int(read.outputs[0])
     assert scales(new.tensors[table]) == scales(new.tensors[taken]) == scales(old.tensors[table])
     assert shorten(exact) != exact
-    np.testing.assert_allclose(*(answers(each, words, tmp_path) for each in (exact, shorten(exact))), atol=0.02)
-
-
-def repacked(model):
-    import flatbuffers
-
-    builder = flatbuffers.Builder(1024)
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
+    np.testing.assert_allclose(*(both_answers(each, words, tmp_path) for each in (exact, shorten(exact))), atol=0.02)
 
 
 def products(model, graph, names):
@@ -261,7 +247,7 @@ def test_a_bias_that_two_kernels_share_is_left_alone_with_them(shares, toy, tmp_
         graph.tensors[second].buffer = graph.tensors[first].buffer
     else:
         depthwise.inputs = np.array([*depthwise.inputs[:2], first], np.int32)
-    before = repacked(model)
+    before = pack(model)
     (_, old, _), (after, new, _) = graph_of(before), graph_of(shorten(before))
     for operator in (stem, depthwise):
         for number in operator.inputs:
@@ -270,17 +256,47 @@ def test_a_bias_that_two_kernels_share_is_left_alone_with_them(shares, toy, tmp_
     assert is_short(scales(new.tensors[products(after, new, names)[3].inputs[1]]), KERNEL_BITS)
 
 
-def test_an_operator_with_a_bias_that_this_does_not_know_is_left_alone(toy, tmp_path):
+def relabel(model, operator, name):
+    """As if it were an operator of another kind."""
+    code = schema.OperatorCodeT()
+    code.builtinCode = code.deprecatedBuiltinCode = getattr(schema.BuiltinOperator, name)
+    model.operatorCodes.append(code)
+    operator.opcodeIndex = len(model.operatorCodes) - 1
+
+
+def an_unknown_operator(model, graph, hidden):
+    relabel(model, hidden, "UNIDIRECTIONAL_SEQUENCE_RNN")
+
+
+def a_bias_without_scales(model, graph, hidden):
+    graph.tensors[hidden.inputs[2]].quantization = None
+
+
+def a_dequantized_sum(model, graph, hidden):
+    hidden.inputs = hidden.inputs[2:]
+    relabel(model, hidden, "DEQUANTIZE")
+
+
+@pytest.mark.parametrize("change", [an_unknown_operator, a_bias_without_scales, a_dequantized_sum])
+def test_an_operator_whose_bias_cannot_be_counted_anew_is_left_alone(change, toy, tmp_path):
     model, graph, names = graph_of(toy.export(tmp_path, "int8", options=EXACT).file.read_bytes())
     hidden = products(model, graph, names)[3]
-    # as if it were an operator of another kind, with the same inputs
-    code = schema.OperatorCodeT()
-    code.builtinCode = schema.BuiltinOperator.UNIDIRECTIONAL_SEQUENCE_RNN
-    code.deprecatedBuiltinCode = code.builtinCode
-    model.operatorCodes.append(code)
-    hidden.opcodeIndex = len(model.operatorCodes) - 1
-    before = repacked(model)
-    (_, old, _), (_, new, _) = graph_of(before), graph_of(shorten(before))
-    for number in [*hidden.inputs, *hidden.outputs]:
+    change(model, graph, hidden)
+    before = pack(model)
+    (was, old, _), (now, new, _) = graph_of(before), graph_of(shorten(before))
+    # What a dequantized sum gives is not counted in its scale.
+    for number in [*hidden.inputs, *(hidden.outputs if change is not a_dequantized_sum else ())]:
         np.testing.assert_array_equal(scales(new.tensors[number]), scales(old.tensors[number]))
+        np.testing.assert_array_equal(codes(now, new.tensors[number]), codes(was, old.tensors[number]))
     assert shorten(before) != before
+
+
+def test_a_bias_stays_where_the_product_of_the_scales_is_too_small_for_a_float(toy, tmp_path):
+    model, graph, names = graph_of(toy.export(tmp_path, "int8", options=EXACT).file.read_bytes())
+    source, kernel, bias = products(model, graph, names)[3].inputs
+    graph.tensors[kernel].quantization.scale = np.full(32, 1e-45, np.float32)
+    graph.tensors[bias].quantization.scale = np.zeros(32, np.float32)
+    before = pack(model)
+    (was, old, _), (now, new, _) = graph_of(before), graph_of(shorten(before))
+    assert scales(new.tensors[source])[0] > scales(old.tensors[source])[0]
+    np.testing.assert_array_equal(codes(now, new.tensors[bias]), codes(was, old.tensors[bias]))
